@@ -1,0 +1,8 @@
+"""C1, open set: per-element loops, one file per kind. Nothing here knows ranks or links."""
+
+KERNELS = {
+    "reduce": "fleetcore.kernels.reduce",
+    "cast": "fleetcore.kernels.cast",
+    "copy": "fleetcore.kernels.copy",
+    "checksum": "fleetcore.kernels.checksum",
+}
