@@ -1,0 +1,42 @@
+"""C2: the contract of a schedule: a collective algorithm as rows, made by a pure function.
+
+A schedule is a function (rank, size, count, ...) -> list of Row: what one rank does, in place, on an array of `count`
+elements. It touches no socket and no array, so that tests run every algorithm for every size in a simulator first.
+
+Rules the executor relies on:
+* the k-th SEND to a peer meets the peer's k-th COPY or FOLD from this rank, with the same [start, stop);
+* a row may begin a chunk once row `after` has finished it; `after` is an earlier row whose range covers this one's;
+* FOLD rows that share a `fold` number have the same range and different peers: they are reduced together with the
+  rank's own data, all in rank order, once each peer's chunk is there;
+* a COPY may overwrite what an earlier SEND reads only if the bytes it brings depend on that SEND having arrived.
+"""
+from typing import NamedTuple
+
+SEND, COPY, FOLD = 0, 1, 2
+
+
+class Row(NamedTuple):
+    """One transfer of elements [start, stop) to or from a peer."""
+
+    kind: int             # SEND, COPY (receive into place) or FOLD (receive, then reduce into place)
+    peer: int
+    start: int
+    stop: int
+    after: int = -1       # index of the row that must come first, chunk by chunk; -1: none
+    fold: int = -1        # FOLD only: which rows are reduced together
+    final: bool = False   # FOLD only: the result is complete (a mean is divided here)
+
+
+def cut(count: int, size: int, shares=None) -> list[int]:
+    """Bounds b[0..size] of the segments of `count` elements: segment r is [b[r], b[r + 1]).
+
+    Args:    shares: relative sizes, one per rank; None for equal ones (they differ by at most one element).
+    """
+    if shares is None:
+        return [count * r // size for r in range(size + 1)]
+    total, bounds, seen = sum(shares), [0], 0
+    for weight in shares:
+        seen += weight
+        bounds.append(round(count * seen / total))
+    bounds[-1] = count
+    return bounds

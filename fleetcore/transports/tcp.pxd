@@ -1,0 +1,5 @@
+from fleetcore.transports.base cimport Link
+
+
+cdef class TcpLink(Link):
+    pass
