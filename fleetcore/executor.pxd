@@ -1,0 +1,108 @@
+# C3: runs a schedule over links.
+from libc.stddef cimport size_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from fleetcore.posix cimport pollfd
+from fleetcore.status cimport Call, Fault
+from fleetcore.transports.base cimport Wire
+
+cdef enum:
+    KIND_SEND = 0
+    KIND_COPY = 1
+    KIND_FOLD = 2
+    FRAME_BYTES = 64
+
+cdef struct Step:              # a Row, compiled; offsets in bytes
+    int kind, peer, after, fold
+    int next                   # the next step of the same direction with the same peer; -1 at the end
+    size_t start, stop
+    size_t done                # [start, done) is finished
+
+cdef struct Fold:              # FOLD steps that are reduced together
+    int first, num             # their indices are members[first : first + num], in rank order
+    int final
+    size_t start, stop, done
+
+cdef struct Frame:             # before every chunk
+    uint32_t magic
+    uint32_t header_crc        # over the header with this field 0
+    uint32_t epoch
+    uint32_t group
+    uint64_t sequence
+    Call call
+    uint64_t start             # bytes from the beginning of the array
+    uint32_t length
+    uint32_t payload_crc
+    uint64_t unused
+
+cdef struct Notice:            # on the control connection
+    uint32_t magic
+    uint32_t kind
+    uint32_t epoch
+    uint32_t crc               # with this field 0
+    uint64_t sequence
+    Fault fault
+
+cdef struct Lane:              # one peer during one run
+    Wire *wire
+    Wire *control              # carries notices only, so that a full send queue never delays one
+    int left                   # the peer said good-bye, after operation `last`
+    uint64_t last
+    int tx, rx                 # current step of each direction, -1: none left
+    int tx_full, rx_dry        # the socket would block
+    size_t tx_at, tx_sent      # chunk start; bytes of header + chunk that are out
+    size_t tx_length
+    Frame tx_frame
+    size_t rx_at, rx_length, rx_got
+    int rx_first               # no frame of this operation seen yet
+    int rx_checked             # the current frame's header has been checked
+    Frame rx_frame, rx_ahead
+    size_t rx_ahead_got
+    char *rooms                # two chunks of FOLD payload
+    int held, oldest           # `held` chunks wait in rooms, the oldest first
+    int rx_room                # where the chunk in hand goes; -1: not chosen yet
+    Notice notice
+    size_t notice_got
+
+cdef class Program:
+    cdef Step *steps
+    cdef Fold *folds
+    cdef int *members
+    cdef int *fold_rank        # position of the own data among the members, per fold
+    cdef int num_steps, num_folds, num_members, size
+    cdef int *first_tx
+    cdef int *first_rx
+    cdef readonly size_t itemsize
+    cdef readonly str algorithm
+
+cdef class Executor:
+    cdef readonly int rank, size
+    cdef readonly size_t chunk_bytes
+    cdef Lane *lanes
+    cdef pollfd *fds
+    cdef void **srcs
+    cdef char *rooms
+    cdef uint32_t epoch, group
+    cdef int64_t spin_ns
+    cdef readonly list links, controls
+    cdef bint condemned        # all peers know that this group is over
+    cdef Fault verdict         # on an operation later than the one in hand; status OK: none
+    cdef volatile int aborted  # set by another thread to end a run within a nap
+
+    cdef int run(self, Program program, const Call *call, char *data, uint64_t sequence, int64_t deadline, Fault *fault) noexcept nogil
+    cdef void condemn(self, const Fault *fault) noexcept nogil
+    cdef void leave(self, uint64_t sequence) noexcept nogil
+    cdef int poll_controls(self, uint64_t sequence, Fault *fault) noexcept nogil
+
+    cdef int blame(self, Fault *fault, int status, int rank, int error) noexcept nogil
+    cdef int notify(self, int peer, int kind, uint64_t sequence, const Fault *fault) noexcept nogil
+    cdef int read_notice(self, Lane *lane, uint64_t sequence, Fault *fault) noexcept nogil
+    cdef int push(self, Program program, Lane *lane, const Call *call, char *data, uint64_t sequence, Fault *fault) noexcept nogil
+    cdef int pull(self, Program program, Lane *lane, const Call *call, char *data, uint64_t sequence, Fault *fault) noexcept nogil
+    cdef int check_frame(self, Lane *lane, const Call *call, uint64_t sequence, Fault *fault) noexcept nogil
+    cdef int fold(self, Program program, int number, const Call *call, char *data, Fault *fault) noexcept nogil
+    cdef int awaited(self, Program program) noexcept nogil
+    cdef size_t chunk_end(self, const Step *step, size_t at) noexcept nogil
+    cdef bint may_push(self, Program program, Lane *lane) noexcept nogil
+    cdef bint may_pull(self, Program program, Lane *lane) noexcept nogil
+    cdef int sleep(self, Program program, uint64_t sequence, int64_t most_ns, Fault *fault) noexcept nogil
