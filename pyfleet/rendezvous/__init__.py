@@ -1,0 +1,23 @@
+"""P1, open set: where ranks that share nothing but an address meet. `base` is the contract."""
+from importlib import import_module
+
+RENDEZVOUS = {      # URL scheme -> store
+    "file": "pyfleet.rendezvous.file:FileStore",
+    "tcp": "pyfleet.rendezvous.tcp:TcpStore",
+    "torch": "pyfleet.rendezvous.torch:TorchStore",
+}
+
+
+def open_store(url, rank, size, timeout):
+    """The store at `url`; rank 0 makes it where somebody has to.
+
+    Args:    timeout: seconds to reach it.
+    Raises:  ConfigError for an unknown scheme or an address in use; NotEnoughPeers when it cannot be reached in time.
+    """
+    from pyfleet.errors import ConfigError
+
+    scheme, _, place = url.partition("://")
+    if scheme not in RENDEZVOUS or not place:
+        raise ConfigError(f"rendezvous {url!r} is not one of {', '.join(f'{name}://...' for name in RENDEZVOUS)}")
+    module, name = RENDEZVOUS[scheme].split(":")
+    return getattr(import_module(module), name)(place, rank, size, timeout)
