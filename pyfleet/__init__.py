@@ -1,0 +1,40 @@
+"""pyfleet: one training cluster out of the machines you own.
+
+Names are imported on first use, so that `import pyfleet` costs little and a script without torch never loads it.
+"""
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "pyfleet.errors": (
+        "AuthFailed", "CommunicationError", "ConfigError", "CorruptData", "DTypeError", "Evicted", "FleetError",
+        "NotEnoughPeers", "NotInitialized", "OutOfStep", "PeerLost", "ReduceOp", "ShapeError", "Timeout",
+    ),
+    "pyfleet.config": ("ClusterConfig", "NodeRole", "TrainingConfig", "load_config"),
+    "pyfleet.fleet": (
+        "Fleet", "init", "is_initialized", "is_leader", "local_rank", "rank", "shutdown", "world_size",
+    ),
+    "pyfleet.collectives": (
+        "all_reduce", "all_reduce_mean", "all_reduce_sum", "barrier", "broadcast", "empty", "from_numpy", "register",
+        "ring_all_reduce", "zeros",
+    ),
+    "pyfleet.data": ("DataPartitioner", "balance_workload", "seed_all"),
+    "pyfleet.sampling": ("DistributedSampler",),
+    "pyfleet.strategies": ("DDP", "DistributedDataParallel"),
+    "pyfleet.trainer": ("Callback", "Trainer"),
+}
+_NAMES = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = list(_NAMES)
+
+
+def __getattr__(name):
+    if name not in _NAMES:
+        raise AttributeError(f"module 'pyfleet' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_NAMES[name]), name)
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,210 @@
+"""P3: where control meets data: from a place among the ranks to an engine, and the fleet that scripts see."""
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import warnings
+from typing import Any
+
+from fleetcore.group import Group
+
+from pyfleet import engines
+from pyfleet.config import ClusterConfig, load_config
+from pyfleet.engines.fleet import FleetEngine
+from pyfleet.errors import ConfigError, NotInitialized
+from pyfleet.members import Member
+from pyfleet.placement import Placement, placement
+from pyfleet.rendezvous import open_store
+from pyfleet.wiring import Deadline, make_arena, meet, open_domain, open_links
+
+_lock = threading.Lock()
+_fleet: Fleet | None = None
+
+
+class Fleet:
+    """The ranks that train together, as this rank sees them."""
+
+    def __init__(self, engine: FleetEngine, members: list[Member], cluster: ClusterConfig):
+        self.engine, self.members, self.cluster = engine, members, cluster
+
+    @property
+    def rank(self) -> int:
+        """This process's number, 0 to world_size - 1."""
+        return self.engine.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks there are."""
+        return self.engine.world_size
+
+    @property
+    def local_rank(self) -> int:
+        """This process's number among the ranks of its host."""
+        return self.engine.local_rank
+
+    @property
+    def local_world_size(self) -> int:
+        """How many ranks this host has."""
+        return self.engine.local_world_size
+
+    @property
+    def epoch(self) -> int:
+        """The number of the view: who is in."""
+        return self.engine.epoch
+
+    @property
+    def leader(self) -> int:
+        """The rank that leads: the longest-serving one, which is rank 0 while the view does not change."""
+        return 0
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank leads."""
+        return self.rank == self.leader
+
+    def stats(self) -> dict:
+        """Bytes and messages, per operation and per link, as counted at the socket; see Engine.stats."""
+        return self.engine.stats()
+
+    def __repr__(self) -> str:
+        hosts = len({member.host for member in self.members})
+        return f"<Fleet rank {self.rank} of {self.world_size} on {hosts} host{'s' * (hosts > 1)}, epoch {self.epoch}>"
+
+
+def open_engine(place: Placement, cluster: ClusterConfig, timeout: float | None = None) -> tuple[FleetEngine, list[Member]]:
+    """Meet the other ranks and build an engine, without putting it in force.
+
+    Args:    timeout: seconds for the whole meeting; None is cluster.peer_timeout.
+    Raises:  NotEnoughPeers, ConfigError, PeerLost; never waits past the timeout.
+    """
+    if cluster.encryption == "on":
+        raise ConfigError("encryption 'on' is not offered yet: links between hosts are authenticated by a shared token only")
+    deadline = Deadline(cluster.peer_timeout if timeout is None else timeout)
+    arena = make_arena(cluster)
+    if place.world_size == 1:
+        member = Member(place.rank, "", "localhost", os.getpid())
+        return FleetEngine(Group(0, 1, timeout=cluster.timeout), arena), [member]
+    if place.rendezvous is None:
+        raise ConfigError(f"{place.world_size} ranks have nowhere to meet: set MASTER_ADDR (and MASTER_PORT) to an "
+                          f"address of rank 0's machine, or PYFLEET_RENDEZVOUS")
+    store = open_store(place.rendezvous, place.rank, place.world_size, deadline.left())
+    try:
+        members = meet(store, place.rank, place.world_size, deadline)
+        hosts = {member.host for member in members}
+        if cluster.transport == "shm" and len(hosts) > 1:
+            raise ConfigError(f"transport is 'shm', but the ranks are on {len(hosts)} hosts")
+        domain = executor = None
+        if len(hosts) == 1 and cluster.transport != "tcp":
+            domain = open_domain(store, members, place.rank, arena, cluster, deadline)
+        else:
+            if len(hosts) > 1 and cluster.encryption == "auto" and place.rank == 0:
+                warnings.warn("links between hosts are not encrypted in this release; set encryption='off' to say "
+                              "that you know", stacklevel=3)
+            executor = open_links(store, members, place.rank, cluster, deadline)
+    finally:
+        store.close()
+    group = Group(place.rank, place.world_size, domain=domain, executor=executor, timeout=cluster.timeout,
+                  places={member.rank: member.name for member in members})
+    own = [member.rank for member in members if member.host == members[place.rank].host]
+    return FleetEngine(group, arena, own.index(place.rank), len(own)), members
+
+
+def init(backend: str = "fleet", rank: int | None = None, world_size: int | None = None, peers: list[str] | None = None,
+         namespace: str | None = None, psk_file: str | None = None, min_nodes: int | None = None,
+         timeout: float | None = None, config: Any = None) -> Fleet:
+    """Join the other ranks; from here on the collective functions work. Idempotent.
+
+    Args:    rank, world_size: this process's place; from the environment when not given (see README), else alone.
+             peers: "host:port" of every rank in rank order; the first is where they meet. No discovery then.
+             timeout: seconds to find everyone; None is peer_timeout (30 s).
+             config: path of a YAML or JSON file, or a ClusterConfig.
+    Raises:  NotEnoughPeers("found 1 of 3 ..."), ConfigError, PeerLost; never hangs.
+    """
+    global _fleet
+    with _lock:
+        if _fleet is not None:
+            return _fleet
+        if backend not in engines.ENGINES:
+            raise ConfigError(f"backend {backend!r} is not one of {', '.join(engines.ENGINES)}")
+        for name, value in {"namespace": namespace, "psk_file": psk_file, "min_nodes": min_nodes}.items():
+            if value is not None:
+                raise ConfigError(f"{name} needs discovery and identity, which this release does not have yet")
+        if timeout is not None and not timeout > 0:
+            raise ConfigError(f"timeout must be positive, not {timeout}")
+        cluster = config if isinstance(config, ClusterConfig) else load_config(config)[1]
+        place = placement(rank, world_size) if peers is None else _place_among(peers, rank, world_size)
+        engine, members = open_engine(place, cluster, timeout)
+        _fleet = Fleet(engine, members, cluster)
+        engines.set_current(engine)
+        return _fleet
+
+
+def _place_among(peers, rank, world_size):
+    """The placement that a list of peers says."""
+    if not peers or len(set(peers)) != len(peers):
+        raise ConfigError("peers must list every rank's host:port once, in rank order" if peers else "peers is empty")
+    if rank is None or not 0 <= rank < len(peers):
+        raise ConfigError(f"with peers, rank must be given, from 0 to {len(peers) - 1}, not {rank}")
+    if world_size not in (None, len(peers)):
+        raise ConfigError(f"world_size is {world_size}, but peers lists {len(peers)}")
+    bad = [peer for peer in peers if not peer.rpartition(":")[2].isdigit() or not peer.rpartition(":")[0]]
+    if bad:
+        raise ConfigError(f"{bad[0]!r} is not host:port")
+    return Placement(rank, len(peers), rendezvous=f"tcp://{peers[0]}", source="peers")
+
+
+def shutdown() -> None:
+    """Leave the fleet: peers that still wait for this rank get PeerLost. Idempotent; also runs at exit."""
+    global _fleet
+    with _lock:
+        if _fleet is not None:
+            _fleet.engine.close()
+            engines.set_current(None)
+            _fleet = None
+
+
+def current() -> Fleet:
+    """The fleet that init() joined.
+
+    Raises:  NotInitialized.
+    """
+    if _fleet is None:
+        raise NotInitialized("there is no fleet yet: call pyfleet.init() first")
+    return _fleet
+
+
+def is_initialized() -> bool:
+    """Whether init() has joined a fleet that shutdown() has not left."""
+    return _fleet is not None
+
+
+def rank() -> int:
+    """This process's number, 0 to world_size() - 1."""
+    return current().rank
+
+
+def world_size() -> int:
+    """How many ranks there are."""
+    return current().world_size
+
+
+def local_rank() -> int:
+    """This process's number among the ranks of its host."""
+    return current().local_rank
+
+
+def is_leader() -> bool:
+    """Whether this rank leads."""
+    return current().is_leader
+
+
+def _forget_in_child() -> None:
+    # A forked child shares the parent's sockets and board: it must touch neither, not even to say good-bye.
+    global _fleet, _lock
+    _fleet, _lock = None, threading.Lock()
+    engines.set_current(None)
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+atexit.register(shutdown)

@@ -1,0 +1,196 @@
+"""Data parallelism: every rank has the model, works on its own samples, and applies the same averaged gradient."""
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from pyfleet.engines import Engine, current
+from pyfleet.errors import ConfigError, DTypeError, ShapeError
+from pyfleet.gradients import BufferBroadcast, GradientHooks, Reducer, make_buckets
+from pyfleet.strategies.base import Strategy
+
+COMPRESSIONS = ("none",)
+
+# The wrapper whose hooks a module has: a second one must not average the same gradients again.
+_wrappers: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[DistributedDataParallel]] = \
+    weakref.WeakKeyDictionary()
+
+
+class DistributedDataParallel(Strategy):
+    """Averages gradients over the ranks during backward(); they are final, and equal to the bit, when it returns.
+
+    Construction is collective: it checks that all ranks wrap the same kind of model the same way, then gives every
+    rank the parameters and buffers of rank 0. Parameters that no rank used in a backward pass keep their .grad.
+    Wrap after moving the model to its device and freezing what is to stay; a module has one wrapper, the latest.
+
+    Args:    bucket_size_mb: MiB of gradients that travel together.
+             broadcast_buffers: whether rank 0's buffers (running statistics) replace the others' with every exchange
+             of gradients, so that they are equal at every step's end and forward's start.
+             compression: None or "none".
+             engine: who moves the bytes; None means the one of pyfleet.init().
+    Raises:  ShapeError on every rank when models or settings differ, DTypeError on sparse or complex gradients,
+             ConfigError, NotInitialized, and CommunicationError.
+    """
+
+    def __init__(self, model: torch.nn.Module, bucket_size_mb: float = 25.0, broadcast_buffers: bool = True,
+                 compression: str | None = None, *, engine: Engine | None = None):
+        if compression not in (None, *COMPRESSIONS):
+            raise ConfigError(f"compression {compression!r} is not offered; choose from " + ", ".join(COMPRESSIONS))
+        super().__init__(model, current() if engine is None else engine)
+        for name, module in model.named_modules():
+            if getattr(module, "sparse", False) and isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag):
+                raise DTypeError(f"{name} makes sparse gradients, and only dense ones can be averaged: "
+                                 "build it with sparse=False")
+        self._require_same_everywhere(f"bucket_size_mb={bucket_size_mb}, broadcast_buffers={broadcast_buffers}")
+        earlier = _wrappers.pop(model, None)
+        if earlier is not None and earlier() is not None:
+            earlier()._hooks.release()
+        _wrappers[model] = weakref.ref(self)
+
+        self._buckets = make_buckets(model.named_parameters(), bucket_size_mb, self.engine.allocate)
+        self._frozen = [name_and_parameter for name_and_parameter in model.named_parameters()
+                        if not name_and_parameter[1].requires_grad]
+        self._reducer = Reducer(self.engine, BufferBroadcast(model, self.engine) if broadcast_buffers else None)
+        self._hooks = GradientHooks(self._buckets, self._reducer)
+        self.synchronize()
+
+    @staticmethod
+    def builder(model: torch.nn.Module) -> Builder:
+        """Construction in words: DDP.builder(model).bucket_size_mb(25.0).broadcast_buffers(True).build()."""
+        return Builder(model)
+
+    @property
+    def num_buckets(self) -> int:
+        return len(self._buckets)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward."""
+        if not torch.is_grad_enabled():
+            return self.module(*args, **kwargs)
+        if self._hooks.released:
+            raise RuntimeError("the module was wrapped again, so this wrapper does not average its gradients any more")
+        for name, parameter in self._frozen:
+            if parameter.requires_grad:
+                raise RuntimeError(f"{name} was frozen when the model was wrapped; wrap the model again")
+        self._hooks.prepare()
+        outputs = self.module(*args, **kwargs)
+        self._hooks.watch(outputs)
+        return outputs
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within it backward passes only accumulate; the first one after it averages the accumulated sum.
+
+        What counts is where backward() runs.
+        """
+        before, self._hooks.enabled = self._hooks.enabled, False
+        try:
+            yield
+        finally:
+            self._hooks.enabled = before
+
+    def set_samples(self, local: int | None, total: int | None = None) -> AbstractContextManager[None]:
+        """Weight this rank's gradients by its samples, until the next call, or the end of the `with` it opens.
+
+        When each rank's accumulated gradient is the mean over its own `local` samples, the result is the mean over
+        all `total` samples: sum over ranks of local / total * gradient. A rank with local == 0 calls `participate`
+        instead of backward. set_samples(None) goes back to the plain mean over ranks.
+
+        Args:    local: samples of this rank in the exchange, >= 0.  total: of all ranks, > 0, the same on each.
+        Raises:  ValueError when these are out of range.
+        """
+        if local is None:
+            weight = 1.0
+        elif total is None or total < 1 or not 0 <= local <= total:
+            raise ValueError(f"samples must satisfy 0 <= local <= total and total >= 1, got {local} of {total}")
+        else:
+            weight = local * self.engine.world_size / total
+        before, self._reducer.weight = self._reducer.weight, weight
+        return _Restore(self._reducer, before)
+
+    def participate(self) -> None:
+        """Take part in an exchange without a backward pass: send what .grad holds, zeros where it is None.
+
+        What a rank calls instead of backward() when it has no samples while others do. Gradients are then the same
+        here as there.
+        """
+        self._hooks.prepare()
+        self._hooks.flush()
+
+    def synchronize(self) -> None:
+        """Give every rank the parameters and buffers of rank 0. Collective."""
+        with torch.no_grad():
+            for tensor in [*self.module.parameters(), *self.module.buffers()]:
+                if tensor.numel():
+                    self.engine.broadcast(tensor.detach(), 0)
+
+    def _require_same_everywhere(self, settings: str) -> None:
+        facts = [settings] + [
+            f"{kind} {name} {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" + trained
+            for kind, tensors in (("parameter", self.module.named_parameters()),
+                                  ("buffer", self.module.named_buffers()))
+            for name, tensor in tensors
+            for trained in [" (trained)" if tensor.requires_grad else ""]]
+        # First the number of facts: only vectors of equal length can be compared one by one.
+        lowest, highest = self._extremes([len(facts)])
+        if lowest[0] != highest[0]:
+            raise ShapeError(f"the ranks wrap different models: rank {self.engine.rank} has {len(facts) - 1} parameters "
+                             f"and buffers, and the ranks have between {lowest[0] - 1} and {highest[0] - 1}")
+        lowest, highest = self._extremes(
+            [int.from_bytes(hashlib.sha256(fact.encode()).digest()[:7]) for fact in facts])
+        differing = [fact for fact, low, high in zip(facts, lowest, highest, strict=True) if low != high]
+        if differing:
+            raise ShapeError(f"the ranks wrap different models or wrap them differently; rank {self.engine.rank} has "
+                             + "; ".join(differing[:3]) + (", ..." if len(differing) > 3 else ""))
+
+    def _extremes(self, numbers: list[int]) -> tuple[list[int], list[int]]:
+        lowest, highest = np.array(numbers, dtype=np.int64), np.array(numbers, dtype=np.int64)
+        self.engine.all_reduce(lowest, "min")
+        self.engine.all_reduce(highest, "max")
+        return lowest.tolist(), highest.tolist()
+
+
+DDP = DistributedDataParallel
+
+
+class Builder:
+    """Settings of a DistributedDataParallel, one call each."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._model, self._settings = model, {}
+
+    def bucket_size_mb(self, size: float) -> Self:
+        self._settings["bucket_size_mb"] = size
+        return self
+
+    def broadcast_buffers(self, yes: bool = True) -> Self:
+        self._settings["broadcast_buffers"] = yes
+        return self
+
+    def compression(self, name: str | None) -> Self:
+        self._settings["compression"] = name
+        return self
+
+    def engine(self, engine: Engine) -> Self:
+        self._settings["engine"] = engine
+        return self
+
+    def build(self) -> DistributedDataParallel:
+        return DistributedDataParallel(self._model, **self._settings)
+
+
+class _Restore(nullcontext):
+    """Puts a reducer's weight back when the `with` block ends."""
+
+    def __init__(self, reducer: Reducer, weight: float):
+        super().__init__()
+        self._reducer, self._weight = reducer, weight
+
+    def __exit__(self, *_: object) -> None:
+        self._reducer.weight = self._weight
