@@ -1,0 +1,8 @@
+"""P5, open set: how ranks are started."""
+from pyfleet.launchers.base import Job, Launcher
+
+LAUNCHERS = {
+    "local": "pyfleet.launchers.local:LocalLauncher",
+}
+
+__all__ = ["LAUNCHERS", "Job", "Launcher"]
