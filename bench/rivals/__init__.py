@@ -1,0 +1,1 @@
+"""The libraries that pyfleet is measured against: one adapter each, skipped with a reason where it cannot run."""
