@@ -1,0 +1,40 @@
+import pytest
+
+from tests.ranks import Ranks
+
+
+@pytest.fixture(scope="session")
+def _rank_pool():
+    pool = {}
+    yield pool
+    for group in pool.values():
+        group.close()
+
+
+@pytest.fixture
+def ranks(_rank_pool):
+    """ranks(size, transport="auto"): living, initialised ranks, shared between tests; see tests/ranks.py."""
+    def get(size, transport="auto", **env):
+        key = (size, transport, *sorted(env.items()))
+        group = _rank_pool.pop(key, None)
+        if group is not None and not group.usable():
+            group.close()
+            group = None
+        while group is None and len(_rank_pool) >= 3:       # idle processes still cost memory
+            _rank_pool.pop(next(iter(_rank_pool))).close()
+        group = _rank_pool[key] = group or Ranks(size, transport, env=env)
+        return group
+    return get
+
+
+@pytest.fixture
+def fresh_ranks():
+    """As `ranks`, but made for this test and ended with it: for tests in which ranks die."""
+    made = []
+
+    def get(size, transport="auto", *, init=True, **env):
+        made.append(Ranks(size, transport, init=init, env=env))
+        return made[-1]
+    yield get
+    for group in made:
+        group.close()
