@@ -151,3 +151,61 @@ def check_shape(shape: Any) -> int:
     for n in sizes:
         count *= n
     return count
+
+
+def kind(x: Any) -> str:
+    """"torch" or "numpy": what an array like x is.
+
+    Raises:  DTypeError for what is no array.
+    """
+    if is_tensor(x):
+        return "torch"
+    if isinstance(x, np.ndarray):
+        return "numpy"
+    raise DTypeError(f"cannot communicate a {type(x).__name__}: pass a numpy array or a torch tensor")
+
+
+def describe(x: Any) -> dict:
+    """What another rank must know to make an array like x; JSON-like.
+
+    Raises:  DTypeError for what is no array, or of a dtype that is not offered.
+    """
+    return {"kind": kind(x), "dtype": dtype_name(x.dtype), "shape": list(x.shape)}
+
+
+def blank(note: dict, like: Any = None) -> Any:
+    """A new array as `describe` said; its contents are unspecified.
+
+    Args:    like: an array whose kind and device it gets; None for the note's kind, on the CPU.
+    Raises:  DTypeError, ShapeError for a note that makes no sense.
+    """
+    name, shape = dtype_name(note["dtype"]), tuple(note["shape"])
+    check_shape(shape)
+    if (kind(like) if like is not None else note["kind"]) == "numpy" and name != "bfloat16":
+        return np.empty(shape, name)
+    import torch
+    return torch.empty(shape, dtype=getattr(torch, name), device=like.device if is_tensor(like) else "cpu")
+
+
+def join(parts: list) -> Any:
+    """The elements of the arrays one after the other, as one flat array.
+
+    Raises:  DTypeError when they differ in kind or dtype.
+    """
+    if len({(kind(part), str(part.dtype)) for part in parts}) > 1:
+        raise DTypeError(f"the parts differ in dtype: {', '.join(sorted({str(part.dtype) for part in parts}))}")
+    if kind(parts[0]) == "numpy":
+        return parts[0].reshape(-1) if len(parts) == 1 else np.concatenate([part.reshape(-1) for part in parts])
+    import torch
+    flat = [part.detach().reshape(-1) for part in parts]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def split(flat: Any, shapes: list) -> list:
+    """Views of a flat array with these shapes, one after the other."""
+    parts, start = [], 0
+    for shape in shapes:
+        count = int(np.prod(shape, dtype=np.int64))
+        parts.append(flat[start:start + count].reshape(tuple(shape)))
+        start += count
+    return parts
