@@ -1,4 +1,5 @@
 """C4: the verbs of one group: check, pin, find the program, cross the GIL once, raise in one place."""
+import os
 from _thread import allocate_lock
 from collections import OrderedDict
 from zlib import crc32
@@ -10,7 +11,7 @@ from fleetcore.domain cimport Domain, Want
 from fleetcore.executor cimport Executor, Program
 from fleetcore.kernels.cast cimport cast
 from fleetcore.kernels.reduce cimport supports
-from fleetcore.posix cimport calloc, free, getpid, malloc, memcpy, memset, now_ns
+from fleetcore.posix cimport calloc, free, malloc, memcpy, memset, now_ns
 from fleetcore.status cimport (
     DT_BF16, DT_F16, DT_F32, DT_U8, NUM_OPS, NUM_VERBS, OK, OP_MAX, OP_MEAN, OP_SUM, ST_LEFT, VERB_ALL_GATHER, VERB_ALL_REDUCE,
     VERB_ALL_TO_ALL, VERB_BARRIER, VERB_BROADCAST, VERB_GATHER, VERB_REDUCE, VERB_REDUCE_SCATTER, VERB_SCATTER, Call, Fault,
@@ -22,6 +23,7 @@ from fleetcore.errors import ConfigError, DType, DTypeError, FleetError, PeerLos
 from fleetcore.schedules import SCHEDULES
 from fleetcore.schedules.base import cut
 
+cdef int forks = 0                 # how many forks this process descends from since the import; cheaper than getpid()
 cdef int MAX_PROGRAMS = 256        # cached schedules; a training loop repeats a few dozen shapes
 cdef int DIRECT_RANKS = 8          # up to here every rank talks to every other one; beyond, the ring
 cdef tuple VERBS = tuple(verb.name.lower() for verb in Verb)
@@ -34,6 +36,14 @@ def load(target):
     """The object named "module:name"."""
     module, name = target.split(":")
     return getattr(__import__(module, fromlist=[name]), name)
+
+
+def _forked():
+    global forks
+    forks += 1
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 cdef struct Job:                   # where a call's arrays lie, as offsets (in elements) of the whole array
@@ -63,8 +73,9 @@ cdef class Group:
     cdef readonly Domain domain
     cdef readonly Executor executor
     cdef public object failure         # what ended this group, or None
-    cdef object lock, context, programs
-    cdef int pid
+    cdef object turn, context, programs    # turn: released to the next thread by the one before it
+    cdef int born                      # `forks` when it was made
+    cdef Py_ssize_t users              # threads in a call or waiting for their turn
     cdef uint64_t sequence
     cdef uint64_t[9] calls             # per verb
     cdef uint64_t[9] call_bytes
@@ -88,11 +99,12 @@ cdef class Group:
             raise ConfigError("a group of several ranks needs a domain or an executor")
         self.rank, self.size, self.domain, self.executor = rank, size, domain, executor
         self.epoch, self.timeout = epoch, timeout
-        self.lock = allocate_lock()
+        self.turn = allocate_lock()
+        self.turn.acquire()
         self.context = Context(rank, size, epoch, places)
         self.programs = OrderedDict()
         self.chosen = {}
-        self.pid = getpid()
+        self.born = forks
 
     def __dealloc__(self):
         free(self.wants)
@@ -114,9 +126,27 @@ cdef class Group:
         self.demand_op(pin, op)
         prepare(&call, &job, VERB_ALL_REDUCE, pin)
         call.op = op
+        if self.executor is None and algorithm == "auto":
+            return self.reduce_in_memory(&call, pin.ptr, timeout)
         job.target = job.source = pin.ptr
         job.target_stop = pin.count
         return self.perform(&call, &job, None, algorithm, timeout)
+
+    def quick_all_reduce(self, data, int op, timeout, /):
+        """As all_reduce; False, with nothing done, when data is not plain writable memory that can be used as it lies."""
+        cdef Pin pin
+        cdef Call call
+        if self.executor is not None:
+            return False
+        try:
+            pin = Pin(data)
+        except (ShapeError, DTypeError):
+            return False
+        self.demand_op(pin, op)
+        memset(&call, 0, sizeof(Call))
+        call.verb, call.op, call.dtype, call.count = VERB_ALL_REDUCE, op, pin.dtype, pin.count
+        self.reduce_in_memory(&call, pin.ptr, timeout)
+        return True
 
     def broadcast(self, data, int src=0, *, timeout=None, str algorithm="auto"):
         """Replace data by rank src's.
@@ -323,6 +353,61 @@ cdef class Group:
             bounds.append(end)
         return tuple(bounds)
 
+    # ---- one call at a time -------------------------------------------------------------------------------------
+
+    cdef int enter(self) except -1:
+        """Wait for this thread's turn. The GIL makes `users` consistent; `turn` is passed from thread to thread."""
+        self.users += 1
+        if self.users > 1:
+            try:
+                self.turn.acquire()
+            except BaseException:                  # Ctrl-C: the turn may have been passed to this thread all the same
+                if self.turn.acquire(False):
+                    self.leave_turn()
+                else:
+                    self.users -= 1
+                raise
+        return 0
+
+    cdef int leave_turn(self) except -1:
+        self.users -= 1
+        if self.users > 0:
+            self.turn.release()
+        return 0
+
+    cdef int64_t deadline(self, timeout, int64_t start) except -1:
+        cdef double seconds = self.timeout if timeout is None else timeout
+        if not seconds > 0:
+            raise ConfigError(f"timeout must be positive, not {timeout}")
+        return start + <int64_t>(seconds * 1e9) if seconds < 1e9 else 1 << 62
+
+    cdef object reduce_in_memory(self, Call *call, char *data, timeout):
+        """all_reduce where there are no links: what perform() does, and nothing else."""
+        cdef Fault fault
+        cdef int rc = OK
+        cdef int64_t start = now_ns(), deadline = self.deadline(timeout, start)
+        self.enter()
+        try:
+            if self.failure is not None or self.born != forks:
+                self.demand_alive()
+            self.sequence += 1
+            if self.domain is not None:
+                with nogil:
+                    rc = self.domain.all_reduce(call, data, deadline, &fault)
+            self.calls[call.verb] += 1
+            self.call_bytes[call.verb] += call.count * item_bytes(call.dtype)
+            self.call_ns[call.verb] += now_ns() - start
+            if self.profile is not None:
+                self.keep(call, start, "shared memory")
+            if rc != OK:
+                self.fail(rc, &fault)
+        finally:
+            self.leave_turn()
+
+    cdef int keep(self, const Call *call, int64_t start, str algorithm) except -1:
+        self.profile.append((VERBS[call.verb], call.count * item_bytes(call.dtype), start / 1e9, now_ns() / 1e9, algorithm))
+        return 0
+
     # ---- one call -----------------------------------------------------------------------------------------------
 
     cdef object perform(self, Call *call, Job *job, object bounds, str algorithm, timeout):
@@ -335,14 +420,12 @@ cdef class Group:
         cdef char *narrow_target = NULL
         cdef int rc = OK, narrow = call.dtype
         cdef size_t itemsize = item_bytes(call.dtype), first, last, wide_bytes = 0
-        cdef double seconds = self.timeout if timeout is None else timeout
-        cdef int64_t start, deadline
+        cdef int64_t start = now_ns(), deadline = self.deadline(timeout, start)
         cdef bint apart = False            # the program writes outside of this rank's part: to scratch
-        if not seconds > 0:
-            raise ConfigError(f"timeout must be positive, not {timeout}")
         if algorithm != "auto" and algorithm not in SCHEDULES["all_reduce" if call.verb == VERB_BARRIER else VERBS[call.verb]]:
             self.refuse(call.verb, algorithm)
-        with self.lock:
+        self.enter()
+        try:
             self.demand_alive()
             if self.executor is not None and call.count and self.size > 1:
                 algorithm = self.choose(call, algorithm)
@@ -357,8 +440,6 @@ cdef class Group:
                 self.reserve(wide_bytes if wide_bytes else last - first if apart else 0)
                 self.chosen[algorithm] = self.chosen.get(algorithm, 0) + 1
             self.sequence += 1
-            start = now_ns()
-            deadline = start + <int64_t>(seconds * 1e9) if seconds < 1e9 else 1 << 62
             if self.executor is None and self.domain is not None and call.verb > VERB_BROADCAST:
                 self.fill_wants(call, job, bounds, itemsize)
             with nogil:
@@ -388,10 +469,11 @@ cdef class Group:
             self.call_bytes[call.verb] += call.count * item_bytes(narrow)
             self.call_ns[call.verb] += now_ns() - start
             if self.profile is not None:
-                self.profile.append((VERBS[call.verb], call.count * item_bytes(narrow), start / 1e9, now_ns() / 1e9,
-                                     algorithm if program is not None else "shared memory"))
+                self.keep(call, start, algorithm if program is not None else "shared memory")
             if rc != OK:
                 self.fail(rc, &fault)
+        finally:
+            self.leave_turn()
 
     cdef int fail(self, int rc, Fault *fault) except -1:
         """Raise what the fault says; the group is dead from here on."""
@@ -477,7 +559,7 @@ cdef class Group:
             again = type(self.failure)(f"the group is dead since an earlier call: {self.failure}",
                                        **{k: v for k, v in vars(self.failure).items() if not k.startswith("_")})
             raise again from self.failure
-        if self.pid != getpid():
+        if self.born != forks:
             raise FleetError("this group belongs to the parent process: call pyfleet.init() in the child instead")
         return 0
 
@@ -545,11 +627,11 @@ cdef class Group:
 
         Idempotent.
         """
-        if self.pid != getpid():
+        if self.born != forks:
             return
-        if not self.lock.acquire(False):
+        if self.users > 0:
             self.leave(busy=True)
-            self.lock.acquire()
+        self.enter()
         try:
             if self.failure is None:
                 self.leave(busy=False)
@@ -559,7 +641,7 @@ cdef class Group:
                     if link is not None:
                         link.close()
         finally:
-            self.lock.release()
+            self.leave_turn()
 
     cdef int leave(self, bint busy) except -1:
         cdef Fault fault

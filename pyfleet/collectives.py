@@ -7,11 +7,11 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from fleetcore.schedules.base import cut
 
+from fleetcore.schedules.base import cut
 from pyfleet import engines
 from pyfleet.arrays import blank, check_shape, describe, dtype_name, from_buffer, is_tensor, item_bytes, join, split
-from pyfleet.engines import Engine, Work
+from pyfleet.engines import Engine, Work, base
 from pyfleet.engines.base import to_json
 from pyfleet.errors import ConfigError, DTypeError, ReduceOp, ShapeError
 
@@ -27,6 +27,10 @@ def all_reduce(x: Any, op: Any = ReduceOp.SUM, *, group: Group | None = None, as
              algorithm: "auto", "ring", "direct" or "tree" between hosts.  timeout: seconds for this call.
     Raises:  PeerLost, Timeout, OutOfStep, DTypeError, ShapeError, ConfigError.
     """
+    if type(x) is np.ndarray and group is None and compression is None and not async_op and algorithm == "auto":
+        engine = base._current                  # microseconds count here: no calls but one
+        if engine is not None and engine.quick is not None and type(op) is ReduceOp and engine.quick(x, op, timeout):
+            return None
     if compression not in (None, "none"):
         raise ConfigError(f"compression {compression!r} is not one of: none")
     engine = _engine(group)

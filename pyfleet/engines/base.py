@@ -42,6 +42,8 @@ class Engine(ABC):
 
     Attributes:
         ranks: the group's members, numbered as in the whole fleet.
+        quick: None, or quick(x, op, timeout) -> whether it has done all_reduce(x, op): for small arrays, where all there
+               is to do costs a microsecond. While it says False, or is None, all_reduce() is what works.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Engine(ABC):
     local_world_size: int
     epoch: int
     ranks: tuple[int, ...]
+    quick: Callable[[Any, int, float | None], bool] | None = None
 
     @abstractmethod
     def all_reduce(self, x: Any, op: Any = "sum", *, algorithm: str = "auto", timeout: float | None = None) -> None:

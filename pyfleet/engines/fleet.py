@@ -64,6 +64,7 @@ class FleetEngine(Engine):
         self._lock = threading.Lock()
         self._pending = 0               # calls submitted and not yet over
         self._closed = False
+        self.quick = self.group.quick_all_reduce
         self._groups: list[FleetEngine] = []        # made of this one
 
     # A synchronous call overtakes nothing: while submitted calls are pending it queues behind them, so that all ranks
@@ -159,6 +160,7 @@ class FleetEngine(Engine):
                                                 name="pyfleet-comm")
                 self._thread.start()
             self._pending += 1
+            self.quick = None           # synchronous calls queue behind this one
             self._queue.put((work, call, args, kwargs))
         return work
 
@@ -166,6 +168,8 @@ class FleetEngine(Engine):
         """One submitted call has ended."""
         with self._lock:
             self._pending -= 1
+            if not self._pending:
+                self.quick = self.group.quick_all_reduce
 
     def allocate(self, nbytes: int) -> Any:
         return self.wired.arena.allocate(nbytes)

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from pyfleet.engines import Engine, Work
+from pyfleet.engines import Work
 from pyfleet.errors import OutOfStep
 
 PATIENCE_S = 30
