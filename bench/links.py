@@ -22,9 +22,10 @@ from tests.network import Network, bits_per_s
 
 RIVALS = ("gloo",)
 SIZES = "64KB,1MB,25MB,100MB"
-PROBE_S = 0.2           # of plain sockets sending over the slowest link; 0.6 % of it is the burst that a shaped link lets pass
+PROBE_S = 0.5           # of plain sockets sending over the slowest link: the start of TCP and the burst of the link count little
 PROBE_BYTES = 100 << 20     # where no rate says how much that is
-PROBE_SAMPLES = 3
+PROBE_SAMPLES = 5
+SHARE_BYTES = 1 << 20       # below, latency counts, and bursts that a shaped link lets pass
 
 
 def all_reduce_floor_s(num_bytes: int, rates: Sequence[float]) -> float:
@@ -210,7 +211,8 @@ def _table(run: dict) -> tuple[list[str], list[list[str]]]:
         against = [there.get((row["size"], name)) for name in rivals]
         lines.append([human_size(row["size"]) if row["size"] != last else "", row["system"],
                       f"{row['calls']} x {len(row['seconds'])}", *(human_time(row[key]) for key in ("min", "median", "max")),
-                      human_time(floors[kinds[0]]), *(f"{100 * floors[kind] / row['median']:.1f} %" for kind in kinds),
+                      human_time(floors[kinds[0]]),
+                      *(f"{100 * floors[kind] / row['median']:.1f} %" if row["size"] >= SHARE_BYTES else "" for kind in kinds),
                       human_time(row["cpu"]), f"{summary(row['wire_bytes']).median / row['size']:.3f}",
                       *(human_ratio(rival[key] / row[key]) if rival and row["system"] not in RIVALS else ""
                         for rival in against for key in ("median", "cpu"))])

@@ -170,7 +170,8 @@ class Ranks:
         Raises:  RanksFailed when a process ends badly, or makes no progress for minutes.
         """
         ticks, moved = -1, time.monotonic()
-        with open(self.folder / "board", "rb") as board, open(self.folder / "events") as events:
+        # Unbuffered: a seek within a buffer reads again what was read before, and the ticks would stand still.
+        with open(self.folder / "board", "rb", buffering=0) as board, open(self.folder / "events") as events:
             pending = ""
             while True:
                 codes = [process.poll() for process in self._processes]     # first: what ended has said all it will
