@@ -2,8 +2,9 @@
 
 A schedule is a function (rank, size, bounds, root=0) -> list of Row: what one rank does. Offsets count elements of the
 whole array that the ranks work on together; segment r of it is [bounds[r], bounds[r + 1]), and bounds[size] is its
-length. A bounds[0] above 0 leaves out what lies before it. (all_to_all alone has (rank, size, counts): its input and its output have offsets of their own.) It touches no
-socket and no array, so that tests run every algorithm for every size in a simulator first.
+length; a bounds[0] above 0 leaves out what lies before it. (all_to_all alone has (rank, size, counts): its input and
+its output have offsets of their own.) It touches no socket and no array, so that tests run every algorithm for every
+size in a simulator first.
 
 A rank has an input and an output, which are the same memory for verbs that work in place. What lies there at the start
 and what must lie there at the end is the verb's business (SCHEDULES says which verbs there are):
@@ -30,9 +31,13 @@ Rules the executor relies on:
   bytes that arrive depend on the SEND having arrived;
 * no receive waits for a SEND of its own rank to the same peer: links may hold less than a chunk, and both would wait.
 """
+from itertools import accumulate
+from math import fsum
 from typing import NamedTuple
 
 SEND, COPY, FOLD = 0, 1, 2
+
+SAME_SPEED = 1.05     # measured bandwidths of like links differ by a few per cent from one time to the next
 
 
 class Row(NamedTuple):
@@ -50,13 +55,46 @@ class Row(NamedTuple):
 def cut(count: int, size: int, shares=None) -> list[int]:
     """Bounds b[0..size] of the segments of `count` elements: segment r is [b[r], b[r + 1]).
 
-    Args:    shares: relative sizes, one per rank; None for equal ones (they differ by at most one element).
+    Args:    shares: relative sizes, one per rank, not all 0; None for equal ones (they differ by at most one element).
     """
     if shares is None:
         return [count * r // size for r in range(size + 1)]
-    total, bounds, seen = sum(shares), [0], 0
-    for weight in shares:
-        seen += weight
-        bounds.append(round(count * seen / total))
-    bounds[-1] = count
-    return bounds
+    seen = list(accumulate(shares))            # not sum(): since Python 3.12 it rounds differently, and all must agree
+    return [0, *(round(count * part / seen[-1]) for part in seen[:-1]), count]
+
+
+def shares_for(bandwidths) -> list[float]:
+    """Segment shares for `direct` between unequal links: they minimise max_i (1 + (N-2) f_i) / B_i, the time it takes.
+
+    A rank that owns the share f moves 1 + (N-2) f of the array each way, so a slow one is given little or nothing: it
+    costs S/B then, where equal shares cost it 2(N-1)/N S/B. Of all shares that take the least time, the most even
+    ones. Ranks within SAME_SPEED of each other count as equal and get the same.
+
+    Args:    bandwidths: one per rank, in bytes/s each way, above 0, the same list on all ranks.
+    Returns: one share per rank, adding up to 1.
+    Source:  hivemind's load balancing solves the same linear program numerically; this is its closed form.
+    """
+    size = len(bandwidths)
+    if not size or not all(0 < bandwidth < float("inf") for bandwidth in bandwidths):
+        raise ValueError(f"bandwidths must be finite and above 0, not {bandwidths}")
+    order = sorted(range(size), key=lambda rank: bandwidths[rank])
+    speeds, top = [0.0] * size, 0.0            # like ones count as the slowest of them
+    for rank in order:
+        top = top if bandwidths[rank] <= top * SAME_SPEED else bandwidths[rank]
+        speeds[rank] = top
+    slowest = speeds[order[0]]
+    if size <= 2 or speeds[order[-1]] == slowest:
+        return [1 / size] * size
+    together = (2 * size - 2) / fsum(speeds)   # the time if all links are busy to the end
+    if together * slowest >= 1:
+        return [(together * speed - 1) / (size - 2) for speed in speeds]
+    shares, rest = [0.0] * size, 1.0           # the slowest link decides: 1 / slowest without any share at all
+    for place, rank in enumerate(order):
+        shares[rank] = min((speeds[rank] / slowest - 1) / (size - 2), rest / (size - place))
+        rest -= shares[rank]
+    return shares
+
+
+def shares_around(size: int, root: int) -> list[float]:
+    """Segment shares for `direct` broadcast and reduce: none for root, which then moves the array once, not twice."""
+    return [float(rank != root or size == 1) for rank in range(size)]
