@@ -63,6 +63,7 @@ cdef class Domain:
     cdef size_t *capacities
     cdef pollfd *watched
     cdef int *pids
+    cdef int *names            # what each rank of this domain is called in faults
     cdef char *scratch
     cdef void **srcs
     cdef void **dsts

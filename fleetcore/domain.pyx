@@ -79,10 +79,11 @@ cdef class Domain:
              spin_ns: how long to spin before sleeping; 0 when there are more ranks than cores.
              path: how ordinary memory is read: "cma" (process_vm_readv), "staging", or "auto", which measures.
              piece_bytes: of staging; 0 is the measured default.
+             names: what each rank is called in faults: its rank in the group, when that has ranks elsewhere, too.
     """
 
     def __cinit__(self, list arenas, int rank, size_t board_offset, list pids, *, Buffer board=None,
-                  int64_t spin_ns=0, str path="auto", size_t piece_bytes=0):
+                  int64_t spin_ns=0, str path="auto", size_t piece_bytes=0, list names=None):
         cdef Arena arena
         cdef int i
         if path not in PATHS:
@@ -92,10 +93,12 @@ cdef class Domain:
         self.bases = <char **>calloc(self.size, sizeof(char *))
         self.capacities = <size_t *>calloc(self.size, sizeof(size_t))
         self.pids = <int *>calloc(self.size, sizeof(int))
+        self.names = <int *>calloc(self.size, sizeof(int))
         self.watched = <pollfd *>calloc(self.size, sizeof(pollfd))
         self.srcs = <void **>calloc(self.size, sizeof(void *))
         self.dsts = <void **>calloc(self.size, sizeof(void *))
-        if (self.bases == NULL or self.capacities == NULL or self.pids == NULL or self.watched == NULL or self.srcs == NULL or self.dsts == NULL
+        if (self.bases == NULL or self.capacities == NULL or self.pids == NULL or self.names == NULL
+                or self.watched == NULL or self.srcs == NULL or self.dsts == NULL
                 or posix_memalign(<void **>&self.scratch, 2 * 1024 * 1024, SCRATCH_BYTES) != 0):
             raise MemoryError()
         for i in range(self.size):
@@ -105,6 +108,7 @@ cdef class Domain:
             arena = arenas[i]
             self.bases[i], self.capacities[i] = arena.base, arena.capacity
             self.pids[i] = pids[i]
+            self.names[i] = names[i] if names else i
             if i != rank:
                 self.watched[i].fd = open_process(pids[i])
         self.board = <Board *>(self.bases[0] + board_offset)
@@ -126,6 +130,7 @@ cdef class Domain:
         free(self.bases)
         free(self.capacities)
         free(self.pids)
+        free(self.names)
         free(self.watched)
         free(self.srcs)
         free(self.dsts)
@@ -142,7 +147,7 @@ cdef class Domain:
         cdef uint8_t ok = self.path != "staging"
         cdef int peer, rc
         cdef int64_t deadline = now_ns() + <int64_t>(timeout * 1e9)
-        context = Context(self.rank, self.size)
+        context = Context(self.names[self.rank], self.size)
         memset(&call, 0, sizeof(call))
         call.verb = VERB_BARRIER
         allow_reads()
@@ -170,7 +175,7 @@ cdef class Domain:
     cdef int blame(self, Fault *fault, int status, int rank, int error) noexcept nogil:
         """Fill in the fault, put it on the board, and return its status; an earlier verdict on the board wins."""
         cdef int rc
-        fault.status, fault.rank, fault.error, fault.reporter = status, rank, error, -1
+        fault.status, fault.rank, fault.error, fault.reporter = status, self.names[rank], error, -1
         fault.sequence = self.sequence
         self.condemn(fault)
         rc = self.verdict(fault) if status == ST_TIMEOUT or status == ST_PEER_LOST else OK
@@ -182,7 +187,8 @@ cdef class Domain:
         if not cas32(&self.board.verdict, 0, 1):
             return
         self.board.fault = fault[0]
-        self.board.fault.reporter = self.rank
+        if fault.reporter < 0:                     # not passed on from ranks elsewhere
+            self.board.fault.reporter = self.names[self.rank]
         store32(&self.board.verdict, 2)
         fence()
         for peer in range(self.size):
@@ -195,7 +201,7 @@ cdef class Domain:
         """
         if load32(&self.board.verdict) != 2 or self.board.fault.sequence > self.sequence:
             return OK
-        return adopt(fault, &self.board.fault, self.rank)
+        return adopt(fault, &self.board.fault, self.names[self.rank])
 
     cdef void ring(self, int peer) noexcept nogil:
         add32(&self.lines[peer].bell, 1)

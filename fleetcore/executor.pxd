@@ -82,6 +82,9 @@ cdef class Program:
     cdef readonly size_t itemsize
     cdef readonly size_t writes_start, writes_stop     # the bytes of the array that a run may change
     cdef readonly str algorithm
+    cdef list segments         # two_level all_reduce: where each local rank's segment begins, and this rank's, in elements
+    cdef size_t own_start, own_stop
+    cdef int local_root        # two_level broadcast: who has the array on this host, as a rank of its domain
 
 cdef class Executor:
     cdef readonly int rank, size

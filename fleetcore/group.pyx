@@ -1,6 +1,8 @@
 """C4: the verbs of one group: check, pin, find the program, cross the GIL once, raise in one place."""
 import os
+import time
 from _thread import allocate_lock
+from array import array
 from collections import OrderedDict
 from zlib import crc32
 
@@ -20,16 +22,24 @@ from fleetcore.status cimport (
 
 from fleetcore.check import Context
 from fleetcore.errors import ConfigError, DType, DTypeError, FleetError, PeerLost, ReduceOp, ShapeError, Verb
-from fleetcore.schedules import SCHEDULES
-from fleetcore.schedules.base import cut
+from fleetcore.schedules import SCHEDULES, model, tree, two_level
+from fleetcore.schedules.base import cut, shares_around, shares_for
 
 cdef int forks = 0                 # how many forks this process descends from since the import; cheaper than getpid()
 cdef int MAX_PROGRAMS = 256        # cached schedules; a training loop repeats a few dozen shapes
-cdef int DIRECT_RANKS = 8          # up to here every rank talks to every other one; beyond, the ring
+cdef int DIRECT_RANKS = 8          # of one host over links: up to here every rank talks to every other one, beyond the ring
 cdef tuple VERBS = tuple(verb.name.lower() for verb in Verb)
-ALGORITHMS = ("auto", *dict.fromkeys(name for kinds in SCHEDULES.values() for name in kinds))
+TWO_LEVEL = "two_level"            # shared memory within hosts, links between them: for all_reduce and broadcast
+ALGORITHMS = ("auto", *dict.fromkeys(name for kinds in SCHEDULES.values() for name in kinds), TWO_LEVEL)
+# Links between hosts are measured when a call first moves this much: it pays for it.
+cdef size_t MEASURE_BYTES = 256 * 1024
+MEASURE_S = 0.015                  # per round: 15 bursts of a shaper that works in milliseconds
+MEASURE_ROUNDS = 8                 # partners that each rank tries
+LIKE_SPEED = 0.75                  # measurements of like links under load differ by up to this factor
+UNMEASURED = (100e-6, 125e6)       # latency (s) and bandwidth (bytes/s) of a wired home network
+OVERHEAD_S = 5e-6                  # of a message at one end: system call, frame and checksum, as loopback shows it
 # Here a rank folds partial sums of others, so that half-width floats would be rounded at every hop.
-cdef tuple FOLDS_PARTIAL_SUMS = ("ring", "tree", "halving")
+cdef tuple FOLDS_PARTIAL_SUMS = ("ring", "tree", "halving", TWO_LEVEL)
 
 
 def load(target):
@@ -63,8 +73,11 @@ cdef class Group:
     Every rank calls the same verbs in the same order. Calls from several threads are serialised. Arrays are Pins or
     anything that Pin takes. `counts` are elements per rank, the same list on all ranks; parts lie in rank order.
 
-    Args:    domain: the Domain when all ranks share this host; else `executor`: the Executor over their links.
+    Args:    domain: the Domain of this host's ranks, when there are several and they may share memory.
+             executor: the Executor over the links of all ranks, unless the domain has all of them.
              epoch: the view's number.  timeout: default deadline of a call, seconds.
+             hosts: per rank, the number of its host; None: all on one.
+             two_level: ranks of one host share memory on every host that has several, and there are links besides.
              places: {rank: "host"} for messages.
     """
 
@@ -84,6 +97,11 @@ cdef class Group:
     cdef Want *wants
     cdef char *scratch
     cdef size_t scratch_bytes
+    cdef readonly list hosts
+    cdef bint two_level
+    cdef readonly object links         # model.Links, once measured
+    cdef object choices
+    cdef bint measuring
     cdef object profile                # None, or a list of what each call was and when
 
     def __cinit__(self, int rank, int size, **kwargs):
@@ -92,7 +110,7 @@ cdef class Group:
             raise MemoryError()
 
     def __init__(self, int rank, int size, *, Domain domain=None, Executor executor=None, int epoch=0,
-                 double timeout=300.0, list hosts=None, dict places=None):
+                 double timeout=300.0, list hosts=None, bint two_level=False, dict places=None):
         if not 0 <= rank < size:
             raise ConfigError(f"rank {rank} is not in a group of {size}")
         if size > 1 and domain is None and executor is None:
@@ -103,6 +121,10 @@ cdef class Group:
         self.turn.acquire()
         self.context = Context(rank, size, epoch, places)
         self.programs = OrderedDict()
+        self.choices = OrderedDict()
+        self.hosts, self.two_level = hosts or [0] * size, two_level
+        if domain is not None and domain.size != self.hosts.count(self.hosts[rank]):
+            raise ConfigError(f"the domain has {domain.size} ranks, the host {self.hosts.count(self.hosts[rank])}")
         self.chosen = {}
         self.born = forks
 
@@ -422,21 +444,29 @@ cdef class Group:
         cdef size_t itemsize = item_bytes(call.dtype), first, last, wide_bytes = 0
         cdef int64_t start = now_ns(), deadline = self.deadline(timeout, start)
         cdef bint apart = False            # the program writes outside of this rank's part: to scratch
-        if algorithm != "auto" and algorithm not in SCHEDULES["all_reduce" if call.verb == VERB_BARRIER else VERBS[call.verb]]:
+        cdef bint both = False             # two levels
+        cdef size_t own_start = 0, own_stop = 0
+        if algorithm != "auto" and algorithm not in self.offered(call.verb):
             self.refuse(call.verb, algorithm)
+        if algorithm == "auto" and self.executor is not None and call.count * itemsize >= MEASURE_BYTES:
+            self.measure_links(timeout)
         self.enter()
         try:
             self.demand_alive()
             if self.executor is not None and call.count and self.size > 1:
                 algorithm = self.choose(call, algorithm)
                 call.algorithm = ALGORITHMS.index(algorithm)
+                both = algorithm == TWO_LEVEL
                 if (narrow == DT_F16 or narrow == DT_BF16) and algorithm in FOLDS_PARTIAL_SUMS and self.size > 2 \
                         and (call.verb == VERB_ALL_REDUCE or call.verb == VERB_REDUCE or call.verb == VERB_REDUCE_SCATTER):
                     wide_bytes = call.count * 4
                     itemsize, call.dtype = 4, DT_F32
                 program = self.program(call, itemsize, algorithm, bounds)
+                if both and call.verb == VERB_ALL_REDUCE and self.domain is not None:
+                    own_start, own_stop = program.own_start * itemsize, program.own_stop * itemsize
+                    self.want_segments(program.segments, itemsize)
                 first, last = program.writes_start, program.writes_stop
-                apart = wide_bytes == 0 and first < last and (first < job.target_at * itemsize or last > job.target_stop * itemsize)
+                apart = wide_bytes == 0 and not both and first < last and (first < job.target_at * itemsize or last > job.target_stop * itemsize)
                 self.reserve(wide_bytes if wide_bytes else last - first if apart else 0)
                 self.chosen[algorithm] = self.chosen.get(algorithm, 0) + 1
             self.sequence += 1
@@ -455,7 +485,10 @@ cdef class Group:
                         target -= job.target_at * itemsize
                         if apart:
                             target = self.scratch - first
-                    rc = self.executor.run(program, call, source, target, self.sequence, deadline, &fault)
+                    if both:
+                        rc = self.run_two_levels(program, call, target, own_start, own_stop, deadline, &fault)
+                    else:
+                        rc = self.executor.run(program, call, source, target, self.sequence, deadline, &fault)
                     if rc == OK and wide_bytes and job.target_stop > job.target_at:
                         cast(narrow, job.target, DT_F32, wide + job.target_at * 4, job.target_stop - job.target_at)
                     elif rc == OK and apart and job.target_stop > job.target_at:
@@ -508,6 +541,57 @@ cdef class Group:
         return self.domain.exchange(call, job.source, job.source_count * itemsize, self.wants, job.longest * itemsize,
                                deadline, fault)
 
+    cdef int run_two_levels(self, Program program, const Call *call, char *data, size_t own_start, size_t own_stop,
+                            int64_t deadline, Fault *fault) noexcept nogil:
+        """all_reduce and broadcast in place: memory within the host, links between hosts. See schedules.two_level."""
+        cdef Call here = call[0]
+        cdef Fault told
+        cdef int peer, rc = OK
+        cdef size_t at = 0, longest = 0
+        here.algorithm = 0
+        if self.domain is None:                    # alone on its host
+            return self.executor.run(program, call, data, data, self.sequence, deadline, fault)
+        if call.verb == VERB_ALL_REDUCE:
+            if here.op == OP_MEAN:
+                here.op = OP_SUM                   # the links' last fold divides
+            rc = self.domain.combine(&here, data, own_start, own_stop, data + own_start, deadline, fault)
+            if rc != OK:
+                return self.tell_links(rc, fault)
+        if program.num_steps:
+            rc = self.executor.run(program, call, data, data, self.sequence, deadline, fault)
+            if rc != OK:
+                told = fault[0]                    # the ranks of this host wait for this one in the next operation
+                told.sequence = self.domain.sequence + 1
+                self.domain.condemn(&told)
+                return rc
+        if call.verb == VERB_ALL_REDUCE:
+            here.verb = VERB_ALL_GATHER
+            for peer in range(self.domain.size):   # segments lie one after the other
+                self.wants[peer].into = data + at
+                at += self.wants[peer].whole
+                if self.wants[peer].whole > longest:
+                    longest = self.wants[peer].whole
+            rc = self.domain.exchange(&here, data + own_start, own_stop - own_start, self.wants, longest, deadline, fault)
+        else:
+            here.root = program.local_root
+            rc = self.domain.broadcast(&here, data, deadline, fault)
+        return rc if rc == OK else self.tell_links(rc, fault)
+
+    cdef int tell_links(self, int rc, Fault *fault) noexcept nogil:
+        """Pass a fault of the host domain on to the ranks of other hosts."""
+        cdef Fault told = fault[0]
+        told.sequence = self.sequence
+        self.executor.condemn(&told)
+        return rc
+
+    cdef int want_segments(self, list bounds, size_t itemsize) except -1:
+        """For the last phase of a two-level all_reduce: the segment of each local rank."""
+        cdef int peer
+        for peer in range(self.domain.size):
+            self.wants[peer].whole = (<size_t>bounds[peer + 1] - <size_t>bounds[peer]) * itemsize
+            self.wants[peer].start, self.wants[peer].stop = 0, self.wants[peer].whole
+        return 0
+
     cdef int fill_wants(self, const Call *call, Job *job, object bounds, size_t itemsize) except -1:
         """What this rank takes of every other one's input, for the verbs that Domain.exchange carries out."""
         cdef int peer, me = self.rank, root = <int>call.root
@@ -549,10 +633,19 @@ cdef class Group:
                 raise MemoryError(f"no memory for {nbytes} bytes of partial sums")
         return 0
 
+    cdef object offered(self, int verb):
+        """The algorithms that a verb may be forced to use."""
+        names = SCHEDULES["all_reduce" if verb == VERB_BARRIER else VERBS[verb]]
+        if verb == VERB_ALL_REDUCE or verb == VERB_BROADCAST:
+            return (*names, TWO_LEVEL) if self.two_level else names
+        return names
+
     cdef int refuse(self, int verb, str algorithm) except -1:
         if algorithm not in ALGORITHMS:
             raise ConfigError(f"unknown algorithm {algorithm!r}: one of {', '.join(ALGORITHMS)}")
-        raise ConfigError(f"{VERBS[verb]} is not offered by {algorithm!r}: one of auto, {', '.join(SCHEDULES[VERBS[verb]])}")
+        if algorithm == TWO_LEVEL and (verb == VERB_ALL_REDUCE or verb == VERB_BROADCAST):
+            raise ConfigError("two_level needs several hosts, and one with several ranks that share memory")
+        raise ConfigError(f"{VERBS[verb]} is not offered by {algorithm!r}: one of auto, {', '.join(self.offered(verb))}")
 
     cdef int demand_alive(self) except -1:
         if self.failure is not None:
@@ -564,38 +657,130 @@ cdef class Group:
         return 0
 
     cdef str choose(self, const Call *call, str algorithm):
-        """The algorithm that "auto" stands for."""
+        """The algorithm that "auto" stands for, the same on all ranks."""
         if call.verb == VERB_BARRIER:
             return "tree"
         if algorithm != "auto":
             return algorithm
-        if call.verb == VERB_BROADCAST:
-            return "tree"
-        if call.verb == VERB_ALL_REDUCE:
+        if self.two_level and (call.verb == VERB_ALL_REDUCE or call.verb == VERB_BROADCAST):
+            return TWO_LEVEL
+        if call.verb == VERB_ALL_REDUCE and max(self.hosts) == 0:      # loopback: what is sent costs more than latency
             return "ring" if self.size == 2 or self.size > DIRECT_RANKS else "direct"
-        return "direct"
+        rooted = call.verb == VERB_BROADCAST or call.verb == VERB_REDUCE or call.verb == VERB_GATHER or call.verb == VERB_SCATTER
+        root = call.root if rooted else 0
+        nbytes = call.count * item_bytes(call.dtype) // (self.size if call.verb == VERB_ALL_TO_ALL else 1)
+        key = (VERBS[call.verb], nbytes, root, self.links)
+        found = self.choices.get(key)
+        if found is None:
+            links = self.links or model.Links(UNMEASURED[0], (UNMEASURED[1],) * self.size, OVERHEAD_S)
+            found = self.choices[key] = model.choose(key[0], self.size, nbytes, links, root)
+            if len(self.choices) > MAX_PROGRAMS:
+                self.choices.popitem(last=False)
+        return found.name
+
+    def measure_links(self, timeout=None):
+        """Find latency and bandwidths of the links between hosts, once; every rank of the group calls it.
+
+        Each rank exchanges a few megabytes with up to MEASURE_ROUNDS others in turn, all at the same time. Large calls
+        with algorithm="auto" do it first by themselves.
+
+        Returns: model.Links, or None when all ranks are on one host.
+        """
+        if self.links is not None or self.measuring or max(self.hosts) == 0:
+            return self.links
+        self.measuring = True
+        try:
+            self.links = self.measured(timeout)
+        finally:
+            self.measuring = False
+        return self.links
+
+    cdef object measured(self, timeout):
+        size, nbytes = self.size, MEASURE_BYTES // 8
+        word, words = array("d", [0.0]), array("d", bytes(8 * size))
+        latency = []
+        for _ in range(5):
+            start = time.perf_counter()
+            self.all_gather(words, word, algorithm="direct", timeout=timeout)
+            latency.append(time.perf_counter() - start)
+        word[0] = min(latency)
+        seconds = self.shift(1, nbytes, timeout)           # opens the window of TCP, and says how much to send
+        worst = array("d", [seconds, word[0]])
+        self.all_reduce(worst, OP_MAX, algorithm="tree", timeout=timeout)
+        nbytes = min(8 << 20, max(nbytes, int(nbytes * MEASURE_S / worst[0])))
+        rates = array("d", bytes(8 * size))
+        for k in range(1, min(size - 1, MEASURE_ROUNDS) + 1):
+            rates[(self.rank - k) % size] = nbytes / self.shift(k, nbytes, timeout)
+        table = array("d", bytes(8 * size * size))
+        self.all_gather(table, rates, algorithm="direct", timeout=timeout)
+        into = [table[rank * size:(rank + 1) * size] for rank in range(size)]
+        # A rank is as fast as the slower direction with its best partner on another host.
+        speeds = [max(min(into[a][b] or into[b][a], into[b][a] or into[a][b])
+                      for b in range(size) if self.hosts[a] != self.hosts[b]) for a in range(size)]
+        top = max(speeds)
+        speeds = [speed or top for speed in speeds]        # no partner on another host was tried
+        return model.Links(worst[1], tuple(top if speed >= LIKE_SPEED * top else speed for speed in speeds), OVERHEAD_S)
+
+    cdef double shift(self, int k, size_t nbytes, timeout) except -1:
+        """Send nbytes to the k-th next rank while the k-th one before sends as much here: the seconds that took."""
+        table = [[nbytes if (i + k) % self.size == j else 0 for j in range(self.size)] for i in range(self.size)]
+        data, out = bytearray(nbytes), bytearray(nbytes)
+        self.barrier(timeout=timeout)
+        start = time.perf_counter()
+        self.all_to_all(out, data, table, algorithm="direct", timeout=timeout)
+        return time.perf_counter() - start
 
     cdef Program program(self, Call *call, size_t itemsize, str algorithm, object bounds):
         """The compiled schedule for this call, from the cache when it was used before."""
         cdef Program found
-        root = 0 if call.verb == VERB_REDUCE_SCATTER or call.verb == VERB_ALL_GATHER or call.verb == VERB_ALL_TO_ALL else call.root
-        key = (call.verb, algorithm, call.count, itemsize, root, bounds)
+        rooted = call.verb == VERB_BROADCAST or call.verb == VERB_REDUCE or call.verb == VERB_GATHER or call.verb == VERB_SCATTER
+        root = call.root if rooted else 0
+        key = (call.verb, algorithm, call.count, itemsize, root, bounds, self.links)
         found = self.programs.get(key)
         if found is None:
-            verb = "all_reduce" if call.verb == VERB_BARRIER else VERBS[call.verb]
-            schedule = load(SCHEDULES[verb][algorithm])
-            if call.verb == VERB_ALL_TO_ALL:
-                rows = schedule(self.rank, self.size,
-                                [[row[i + 1] - row[i] for i in range(self.size)] for row in bounds])
-            else:
-                rows = schedule(self.rank, self.size, bounds or cut(call.count, self.size), root)
-            found = Program(rows, itemsize, self.rank, self.size, algorithm)
+            found = self.compile(call, itemsize, algorithm, bounds, root)
             self.programs[key] = found
             if len(self.programs) > MAX_PROGRAMS:
                 self.programs.popitem(last=False)
         else:
             self.programs.move_to_end(key)
         return found
+
+    cdef Program compile(self, Call *call, size_t itemsize, str algorithm, object bounds, int root):
+        cdef Program program
+        local = [rank for rank in range(self.size) if self.hosts[rank] == self.hosts[self.rank]]
+        if algorithm == TWO_LEVEL:
+            speakers = list({host: rank for rank, host in reversed(list(enumerate(self.hosts)))}.values())
+            speakers = sorted(root if self.hosts[rank] == self.hosts[root] else rank for rank in speakers)
+            if call.verb == VERB_BROADCAST:        # root, and one rank of every other host
+                rows = []
+                if self.rank in speakers:
+                    rows = tree.broadcast(speakers.index(self.rank), len(speakers), [0] * len(speakers) + [call.count],
+                                          speakers.index(root))
+                rows = [row._replace(peer=speakers[row.peer]) for row in rows]
+                program = Program(rows, itemsize, self.rank, self.size, algorithm)
+                program.local_root = next(i for i, rank in enumerate(local) if rank in speakers)
+                return program
+            inner = load(SCHEDULES["all_reduce"]["direct" if len(speakers) <= DIRECT_RANKS else "ring"])
+            shares = None if self.links is None or len(speakers) > DIRECT_RANKS else shares_for(
+                [max(speed for speed, host in zip(self.links.bandwidths, self.hosts) if host == self.hosts[rank])
+                 for rank in list(dict.fromkeys(two_level.columns(self.hosts)[0]))])
+            plan = two_level.all_reduce(self.rank, self.hosts, call.count, inner, shares)
+            program = Program(plan.rows, itemsize, self.rank, self.size, algorithm)
+            program.segments = plan.bounds
+            program.own_start, program.own_stop = plan.bounds[local.index(self.rank)], plan.bounds[local.index(self.rank) + 1]
+            return program
+        schedule = load(SCHEDULES["all_reduce" if call.verb == VERB_BARRIER else VERBS[call.verb]][algorithm])
+        if call.verb == VERB_ALL_TO_ALL:
+            rows = schedule(self.rank, self.size, [[row[i + 1] - row[i] for i in range(self.size)] for row in bounds])
+        else:
+            shares = None
+            if algorithm == "direct" and (call.verb == VERB_BROADCAST or call.verb == VERB_REDUCE):
+                shares = shares_around(self.size, root)
+            elif algorithm == "direct" and self.links is not None:
+                shares = shares_for(self.links.bandwidths)
+            rows = schedule(self.rank, self.size, bounds or cut(call.count, self.size, shares), root)
+        return Program(rows, itemsize, self.rank, self.size, algorithm)
 
     def record(self, bint on=True):
         """Begin anew to remember every call, or stop; see recorded()."""
@@ -609,7 +794,9 @@ cdef class Group:
 
     def stats(self):
         """Since the start: {"operations": {verb: {"calls", "bytes", "seconds"}}, "links": {rank: {...}},
-        "shared_memory": {"read_bytes"}, "algorithms": {name: calls}}. Link bytes are counted at the socket."""
+        "shared_memory": {"read_bytes"}, "algorithms": {name: calls}, "measured": latency and bandwidths of the links or
+        None, "choices": what "auto" stood for, with the predicted seconds of every candidate}. Link bytes are counted
+        at the socket."""
         operations = {VERBS[i]: {"calls": self.calls[i], "bytes": self.call_bytes[i], "seconds": self.call_ns[i] / 1e9}
                       for i in range(<int>NUM_VERBS) if self.calls[i]}
         links = {}
@@ -620,6 +807,9 @@ cdef class Group:
             "links": links,
             "shared_memory": {"read_bytes": self.domain.read_bytes if self.domain is not None else 0},
             "algorithms": dict(self.chosen),
+            "measured": self.links._asdict() if self.links is not None else None,
+            "choices": [{"operation": verb, "bytes": nbytes, "root": root, "algorithm": choice.name, "predicted_s": choice.seconds}
+                        for (verb, nbytes, root, _), choice in self.choices.items()],
         }
 
     def close(self):

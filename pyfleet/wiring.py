@@ -202,7 +202,7 @@ def connect(members: list[Member], rank: int, arena: Arena, cluster: ClusterConf
                 shared = _share_arenas(arenas if board is not None else None, leader, members, local, rank, arena, deadline)
             mapped = [shared[members[place].rank] for place in local]
             domain = Domain([there for there, _ in mapped], local.index(rank), leader["board"], [pid for _, pid in mapped],
-                            board=board, spin_ns=spin_ns(len(local)), path=cluster.same_host)
+                            board=board, spin_ns=spin_ns(len(local)), path=cluster.same_host, names=local)
         kinds = (DATA, CONTROL, MESSAGE) if by_links else (MESSAGE,)
         sockets = _connect_all(listener, cards, members, rank, kinds, cluster, deadline)
         links = {kind: [None if place == rank else TcpLink(sockets[place, kind], place, congestion=_congestion(cluster, kind))
@@ -214,6 +214,7 @@ def connect(members: list[Member], rank: int, arena: Arena, cluster: ClusterConf
     hosts = list(dict.fromkeys(member.host for member in members))
     group = Group(rank, size, domain=domain, executor=executor, timeout=cluster.timeout,
                   hosts=[hosts.index(member.host) for member in members],
+                  two_level=cluster.transport != "tcp" and 1 < len(hosts) < size,
                   places={place: member.name for place, member in enumerate(members)})
     return Wired(group, members, cluster, arena, shared or {}, links[MESSAGE])
 

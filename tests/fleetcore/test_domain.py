@@ -2,6 +2,7 @@
 
 Processes as ranks, and their deaths, are in tests/pyfleet and tests/e2e.
 """
+import os
 import threading
 import time
 
@@ -18,16 +19,21 @@ MIB = 1 << 20
 
 def groups(size, path="auto", timeout=20.0):
     """One Group per rank over one domain, and the arena of each rank."""
-    import os
+    made, arenas = domains_of(size, path)
+    return [Group(rank, size, domain=made[rank], timeout=timeout) for rank in range(size)], arenas
+
+
+def domains_of(size, path="auto", names=None):
+    """The Domains of one host, and the arena of each rank."""
     arenas = [Arena(64 * MIB) for _ in range(size)]
     board = arenas[0].allocate(board_bytes(size))
     memoryview(board)[:] = bytes(len(board))
     made = []
     for rank in range(size):
         mapped = [arenas[p] if p == rank else Arena.attach(arenas[p].fd, 64 * MIB) for p in range(size)]
-        made.append(Domain(mapped, rank, board.offset, [os.getpid()] * size, board=board, path=path))
+        made.append(Domain(mapped, rank, board.offset, [os.getpid()] * size, board=board, path=path, names=names))
     everyone(lambda rank: made[rank].connect(20.0), size)
-    return [Group(rank, size, domain=made[rank], timeout=timeout) for rank in range(size)], arenas
+    return made, arenas
 
 
 def everyone(act, size):

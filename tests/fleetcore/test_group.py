@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 from fleetcore.group import Group
 
-from fleetcore.errors import ConfigError, DTypeError, OutOfStep, ReduceOp, ShapeError
+from fleetcore.errors import ConfigError, DTypeError, OutOfStep, PeerLost, ReduceOp, ShapeError
 from fleetcore.schedules import SCHEDULES
-from tests.fleetcore.test_domain import everyone, groups
+from tests.fleetcore.test_domain import domains_of, everyone, groups
 from tests.fleetcore.test_executor import mesh
 
 WAYS = ("cma", "staging", "arena", "links")
@@ -37,9 +37,85 @@ class Way:
         return placed
 
 
+def two_level(hosts):
+    """Groups whose ranks live on these hosts: shared memory within each, links between all."""
+    flat = mesh(len(hosts))
+    made = [None] * len(hosts)
+    for host in set(hosts):
+        local = [rank for rank, where in enumerate(hosts) if where == host]
+        domains = domains_of(len(local), "auto", names=local)[0] if len(local) > 1 else [None]
+        for rank, domain in zip(local, domains, strict=True):
+            made[rank] = Group(rank, len(hosts), domain=domain, executor=flat[rank].executor, hosts=list(hosts),
+                               two_level=True, timeout=20.0)
+    return made
+
+
 def given(rank, count, dtype="float32"):
     """What a rank contributes: small integers, so that every order of summation gives the same."""
     return ((np.arange(count) * (rank + 3) + rank) % 11).astype(dtype)
+
+
+@pytest.mark.feature("C65")
+@pytest.mark.parametrize("hosts", [(0, 0, 1, 1), (0, 1, 0, 1, 1), (0, 0, 0, 1), (0, 0, 1, 1, 2, 2), (3, 3, 7)], ids=str)
+def test_two_levels_give_what_one_gives(hosts):
+    size, hosts = len(hosts), [sorted(set(hosts)).index(host) for host in hosts]
+    members = two_level(hosts)
+
+    def work(rank):
+        me = members[rank]
+        for count in (0, 1, 7, 5000, 300_007):
+            for dtype, op in (("float32", ReduceOp.SUM), ("float64", ReduceOp.MEAN), ("int64", ReduceOp.MAX),
+                              ("float16", ReduceOp.SUM), ("bool", ReduceOp.SUM)):
+                parts = np.stack([given(r, count, dtype) for r in range(size)])
+                total = {ReduceOp.SUM: parts.any(0) if dtype == "bool" else parts.sum(0), ReduceOp.MAX: parts.max(0) if count else parts[0],
+                         ReduceOp.MEAN: parts.sum(0) / size if dtype == "float64" else None}[op]
+                x = parts[rank].copy()
+                me.all_reduce(x, op)
+                assert np.array_equal(x, total), (count, dtype, op)
+            for root in range(size):
+                x = given(rank, count)
+                me.broadcast(x, root)
+                assert np.array_equal(x, given(root, count))
+            out = np.zeros(count * size, np.float32)
+            me.all_gather(out, given(rank, count))
+            assert np.array_equal(out, np.concatenate([given(r, count) for r in range(size)]))
+            me.barrier()
+        return me.stats()["algorithms"]
+    for used in everyone(work, size):
+        assert not isinstance(used, BaseException), used
+        assert used["two_level"] > 0
+
+
+def test_two_levels_send_what_one_rank_per_host_would():
+    members, count = two_level([0, 0, 1, 1]), 1_000_000
+
+    def work(rank):
+        for _ in range(2):                                       # the first one measures the links
+            members[rank].all_reduce(np.ones(count, np.float32))
+            before = {peer: link["sent_bytes"] for peer, link in members[rank].stats()["links"].items()}
+            members[rank].barrier()
+        members[rank].all_reduce(np.ones(count, np.float32))
+        return {peer: link["sent_bytes"] - before[peer] for peer, link in members[rank].stats()["links"].items()}
+    sent = everyone(work, 4)
+    between = [sum(sent[rank][peer] for rank in host for peer in range(4) if peer not in host) for host in ((0, 1), (2, 3))]
+    assert all(count * 4 < one < 1.02 * count * 4 for one in between), between    # 2(H-1)/H of the array, H = 2
+    assert all(sent[rank][rank ^ 1] < 1000 for rank in range(4))                 # nothing to speak of within a host
+
+
+@pytest.mark.parametrize("victim", (0, 3))
+def test_a_rank_that_leaves_is_lost_to_both_levels(victim):
+    members = two_level([0, 0, 1, 1])
+
+    def work(rank):
+        members[rank].all_reduce(np.ones(5000))
+        if rank == victim:
+            members[rank].close()
+            return victim
+        with pytest.raises(PeerLost) as caught:
+            while True:
+                members[rank].all_reduce(np.ones(5000))
+        return caught.value.rank
+    assert everyone(work, 4) == [victim] * 4
 
 
 def uneven(size, count):
