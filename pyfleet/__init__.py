@@ -16,9 +16,11 @@ _HOMES = {
         "Fleet", "init", "is_initialized", "is_leader", "local_rank", "rank", "shutdown", "world_size",
     ),
     "pyfleet.collectives": (
-        "all_reduce", "all_reduce_mean", "all_reduce_sum", "barrier", "broadcast", "empty", "from_numpy", "register",
-        "ring_all_reduce", "zeros",
+        "Group", "all_gather", "all_gather_into", "all_gather_object", "all_reduce", "all_reduce_mean", "all_reduce_sum",
+        "all_to_all", "barrier", "broadcast", "broadcast_object", "empty", "from_numpy", "gather", "irecv", "isend",
+        "new_group", "recv", "reduce", "reduce_scatter", "register", "ring_all_reduce", "scatter", "send", "zeros",
     ),
+    "pyfleet.context": ("DistributedContext",),
     "pyfleet.data": ("DataPartitioner", "balance_workload", "seed_all"),
     "pyfleet.sampling": ("DistributedSampler",),
     "pyfleet.strategies": ("DDP", "DistributedDataParallel"),
