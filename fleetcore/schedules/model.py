@@ -26,6 +26,7 @@ share of rank i, L = ceil(log2 N) and H = sum_k ceil(N / 2^k), down to 1, which 
     gather, scatter           1         N                (N-1)/N at root
     all_to_all      direct    1         2(N-1)           (N-1)/N, where S is what one rank holds
 """
+from math import fsum
 from typing import NamedTuple
 
 from fleetcore.schedules.base import shares_for
@@ -92,11 +93,11 @@ def predict(load, nbytes, links) -> float:
     times = [lasts(stage, nbytes) for stage in load.stages]
     messages = load.messages
     if links.shared_cores:             # stages take turns, and so do ranks: what they do at once elsewhere adds up here
-        busy = max(sum(times), load.moved * nbytes / (links.shared_cores * min(links.bandwidths)))
+        busy = max(fsum(times), load.moved * nbytes / (links.shared_cores * min(links.bandwidths)))
         messages = max(messages, load.all_messages / links.shared_cores)
     else:
         starts = [lasts(stage, chunk) for stage in load.stages]
-        busy = sum(starts) + max(time - start for time, start in zip(times, starts, strict=True))
+        busy = fsum(starts) + max(time - start for time, start in zip(times, starts, strict=True))
     return load.rounds * links.latency_s + messages * links.overhead_s + busy
 
 
@@ -144,8 +145,8 @@ def halving_messages(size):
     if size % 2 == 0:
         longest, everyone = halving_messages(half)
         return longest + 2, 2 * everyone + 2 * size
-    (front, in_front), (back, at_back) = halving_messages(half + 1), halving_messages(half)
-    return max(front + max(2, half), back + 3), in_front + at_back + 6 * half
+    (front, in_front), (_, at_back) = halving_messages(half + 1), halving_messages(half)
+    return front + max(2, half), in_front + at_back + 6 * half         # the odd rank in front has most to send
 
 
 def ring_all_reduce(size, links, root):
