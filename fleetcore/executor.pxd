@@ -64,6 +64,8 @@ cdef struct Lane:              # one peer during one run
     int rx_room                # where the chunk in hand goes; -1: not chosen yet
     Notice notice
     size_t notice_got
+    uint64_t said              # the newest operation that the peer has named the call of
+    Call said_call
 
 cdef struct Event:             # a chunk that has gone out, come in, or been reduced
     int64_t began, ended       # ns, as now_ns()
@@ -100,7 +102,8 @@ cdef class Executor:
     cdef Fault verdict         # on an operation later than the one in hand; status OK: none
     cdef Event *events         # the newest max_events chunks; NULL: not recorded
     cdef size_t max_events, num_events
-    cdef uint64_t sequence
+    cdef uint64_t sequence     # of the operation in hand, and whether all peers know what call it is
+    cdef bint told
     cdef volatile int aborted  # set by another thread to end a run within a nap
 
     cdef int run(self, Program program, const Call *call, const char *source, char *target, uint64_t sequence, int64_t deadline, Fault *fault) noexcept nogil
@@ -112,6 +115,7 @@ cdef class Executor:
     cdef int blame(self, Fault *fault, int status, int rank, int error) noexcept nogil
     cdef int notify(self, int peer, int kind, uint64_t sequence, const Fault *fault) noexcept nogil
     cdef int read_notice(self, Lane *lane, uint64_t sequence, Fault *fault) noexcept nogil
+    cdef bint disagrees(self, const Lane *lane, const Call *call, uint64_t sequence) noexcept nogil
     cdef int push(self, Program program, Lane *lane, const Call *call, const char *source, const char *target, uint64_t sequence, Fault *fault) noexcept nogil
     cdef int pull(self, Program program, Lane *lane, const Call *call, const char *source, char *target, uint64_t sequence, Fault *fault) noexcept nogil
     cdef int check_frame(self, Lane *lane, const Call *call, uint64_t sequence, Fault *fault) noexcept nogil

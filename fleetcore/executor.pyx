@@ -23,6 +23,7 @@ cdef uint32_t FRAME_MAGIC = 0x31544C46         # "FLT1"
 cdef uint32_t NOTICE_MAGIC = 0x314E4C46        # "FLN1"
 cdef uint32_t NOTICE_ABORT = 1
 cdef uint32_t NOTICE_LEAVE = 2
+cdef uint32_t NOTICE_CALL = 3                  # what the sender waits in: ranks that wait for each other in different calls
 cdef int ROOMS = 2                             # chunks of a peer that may wait for the other peers of a fold; Lane says 2
 cdef int64_t NAP_NS = 50_000_000               # longest sleep between two looks at the deadline and at signals
 
@@ -264,6 +265,12 @@ cdef class Executor:
                     return OK
                 fault.status, fault.rank, fault.reporter = ST_LEFT, lane.control.rank, -1
                 return ST_LEFT
+            if lane.notice.kind == NOTICE_CALL:
+                lane.said, lane.said_call = lane.notice.sequence, lane.notice.fault.call
+                if self.disagrees(lane, &fault.call, sequence):
+                    fault.theirs = lane.said_call
+                    return self.blame(fault, ST_OUT_OF_STEP, lane.control.rank, 0)
+                continue
             self.condemned = True                  # the reporter has told everyone
             if lane.notice.sequence > sequence:
                 # The reporter has finished this operation, so this rank can, too; the verdict is for the next one.
@@ -272,6 +279,10 @@ cdef class Executor:
                     self.verdict = lane.notice.fault
                 return OK
             return adopt(fault, &lane.notice.fault, self.rank)
+
+    cdef bint disagrees(self, const Lane *lane, const Call *call, uint64_t sequence) noexcept nogil:
+        """Whether the peer has said that this operation is another call."""
+        return lane.said == sequence and memcmp(&lane.said_call, call, sizeof(Call)) != 0
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 
@@ -287,7 +298,7 @@ cdef class Executor:
         cdef Lane *lane
         memset(fault, 0, sizeof(Fault))
         fault.call, fault.sequence, fault.rank, fault.reporter = call[0], sequence, -1, -1
-        self.sequence = sequence
+        self.sequence, self.told = sequence, False
         if self.verdict.status != OK:
             return adopt(fault, &self.verdict, self.rank)
         for i in range(program.num_steps):
@@ -309,6 +320,9 @@ cdef class Executor:
                 lane.rx_at = lane.rx_start = program.steps[lane.rx].start
             if lane.left and lane.last < sequence:
                 return self.blame(fault, ST_LEFT, peer, 0)
+            if self.disagrees(lane, call, sequence):
+                fault.theirs = lane.said_call
+                return self.blame(fault, ST_OUT_OF_STEP, peer, 0)
         while True:
             busy = 0
             moved = False
@@ -386,6 +400,11 @@ cdef class Executor:
             rc = poll(self.fds, 2 * self.size, <int>((nap + 999_999) // 1_000_000))
         if rc < 0 and last_errno() != EINTR:
             return self.blame(fault, ST_SYSTEM, self.rank, last_errno())
+        if rc == 0 and not self.told:              # a whole nap: say once what this rank is waiting in
+            self.told = True
+            for i in range(self.size):
+                if i != self.rank and not self.lanes[i].left:
+                    self.notify(i, NOTICE_CALL, sequence, fault)
         if rc <= 0:
             return self.blame(fault, ST_INTERRUPTED, self.rank, 0) if interrupted() else OK
         for i in range(self.size):

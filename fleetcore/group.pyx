@@ -518,7 +518,7 @@ cdef class Group:
                 f"this rank was interrupted ({type(error).__name__})", rank=self.rank, epoch=self.epoch)
             if self.domain is not None:            # a peer that was only slow must not write to us later
                 try:
-                    self.domain.arenas[self.rank].secede()
+                    self.domain.arenas[self.domain.rank].secede()
                 except (OSError, MemoryError) as problem:
                     error.add_note(f"shared memory could not be left ({problem}): a peer that was only slow may "
                                    f"still write to arrays in it")

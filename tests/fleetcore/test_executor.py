@@ -181,6 +181,18 @@ def test_inputs_survive_a_call_that_never_matched():
     assert everyone(work, 2) == [None] * 2
 
 
+def test_ranks_that_only_wait_for_each_other_learn_that_they_are_out_of_step():
+    members = mesh(3)
+
+    def work(rank):
+        members[rank].barrier()
+        with pytest.raises(OutOfStep, match=f"dst={rank}"):      # roots of their own trees: all receive, nobody sends
+            members[rank].reduce(np.ones(3), rank, algorithm="tree", timeout=20)
+    started = time.monotonic()
+    assert everyone(work, 3) == [None] * 3
+    assert time.monotonic() - started < 5
+
+
 def test_a_dead_group_keeps_saying_why():
     members = mesh(2)
     members[1].close()
