@@ -63,6 +63,10 @@ cdef extern from *:
     static inline int fc_cas32(uint32_t *p, uint32_t old, uint32_t v) {
         return __atomic_compare_exchange_n(p, &old, v, 0, __ATOMIC_SEQ_CST, __ATOMIC_ACQUIRE);
     }
+    static inline void *fc_swap_pointer(void **p, void *v) { return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST); }
+    static inline int fc_cas_pointer(void **p, void *old, void *v) {
+        return __atomic_compare_exchange_n(p, &old, v, 0, __ATOMIC_SEQ_CST, __ATOMIC_ACQUIRE);
+    }
     static inline void fc_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
     /* Sleep while *word == seen, at most ns; returns early for any reason. Shared between processes. */
@@ -179,6 +183,8 @@ cdef extern from *:
     void store32 "fc_store32"(uint32_t *p, uint32_t v) noexcept nogil
     uint32_t add32 "fc_add32"(uint32_t *p, uint32_t v) noexcept nogil
     int cas32 "fc_cas32"(uint32_t *p, uint32_t old, uint32_t v) noexcept nogil
+    void *swap_pointer "fc_swap_pointer"(void **p, void *v) noexcept nogil
+    int cas_pointer "fc_cas_pointer"(void **p, void *old, void *v) noexcept nogil
     void fence "fc_fence"() noexcept nogil
     void futex_wait "fc_futex_wait"(uint32_t *word, uint32_t seen, int64_t ns) noexcept nogil
     void futex_wake "fc_futex_wake"(uint32_t *word) noexcept nogil

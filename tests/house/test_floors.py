@@ -13,7 +13,7 @@ FLOORS = {
     "C0": ("fleetcore", ["errors", "status", "posix"]),
     "C1": ("fleetcore", ["check", "arena", "kernels/"]),
     "C2": ("fleetcore", ["transports/", "schedules/", "domain"]),
-    "C3": ("fleetcore", ["executor"]),
+    "C3": ("fleetcore", ["executor", "postroom", "mailbox"]),
     "C4": ("fleetcore", ["group"]),
     "P0": ("pyfleet", ["errors", "config", "placement", "members", "metrics", "output"]),
     "P1": ("pyfleet", ["arrays", "identity/", "discovery/", "rendezvous/", "compressors/", "exporters/"]),
