@@ -77,13 +77,13 @@ class DistributedContext:
                  events: [{"operation", "bytes", "start", "seconds", "algorithm"}] since enable_profiling().
         """
         stats = self.fleet.stats()
-        links = stats["links"].values()
+        links = [*stats["links"].values(), *stats["messages"]["links"].values()]
         total = {name: sum(link[name] for link in links) for name in ("sent_bytes", "received_bytes", "sends", "receives")}
         return {
             "bytes_sent": total["sent_bytes"], "bytes_received": total["received_bytes"],
             "messages_sent": total["sends"], "messages_received": total["receives"],
             "messages_count": total["sends"] + total["receives"],
-            "shared_memory_bytes": stats["shared_memory"]["read_bytes"],
+            "shared_memory_bytes": stats["shared_memory"]["read_bytes"] + stats["messages"]["read_bytes"],
             "operations": stats["operations"], "algorithms": stats["algorithms"],
             "events": [{"operation": verb, "bytes": size, "start": began, "seconds": ended - began, "algorithm": algorithm}
                        for verb, size, began, ended, algorithm in self.fleet.engine.recorded()],

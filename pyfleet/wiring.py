@@ -23,6 +23,7 @@ from fleetcore.arena import Arena
 from fleetcore.domain import Domain, board_bytes
 from fleetcore.executor import Executor
 from fleetcore.group import Group
+from fleetcore.mailbox import Mailbox
 from fleetcore.transports.tcp import TcpLink
 
 from pyfleet.config import ClusterConfig
@@ -152,15 +153,15 @@ class Wired:
     Attributes:
         members:    cards in rank order; a member's `rank` is its number in the whole fleet.
         shared:     {rank in the whole fleet: (its Arena as seen here, its pid)} of the ranks that share memory.
-        messages:   one Link per rank for messages between two ranks, None at the own place.
+        mailbox:    for messages between two ranks.
     """
 
     group: Group
+    mailbox: Mailbox
     members: list[Member]
     cluster: ClusterConfig
     arena: Arena
     shared: dict[int, tuple[Arena, int]]
-    messages: list
 
 
 def connect(members: list[Member], rank: int, arena: Arena, cluster: ClusterConfig, deadline: Deadline,
@@ -174,7 +175,8 @@ def connect(members: list[Member], rank: int, arena: Arena, cluster: ClusterConf
     """
     size = len(members)
     if size == 1:
-        return Wired(Group(0, 1, timeout=cluster.timeout), members, cluster, arena, shared or {}, [None])
+        return Wired(Group(0, 1, timeout=cluster.timeout), Mailbox(0, [None], timeout=cluster.timeout), members, cluster,
+                     arena, shared or {})
     local = [place for place, member in enumerate(members) if member.host == members[rank].host]
     if cluster.transport == "shm" and len(local) < size:
         raise ConfigError(f"transport is 'shm', but the ranks are on {len({member.host for member in members})} hosts")
@@ -216,7 +218,12 @@ def connect(members: list[Member], rank: int, arena: Arena, cluster: ClusterConf
                   hosts=[hosts.index(member.host) for member in members],
                   two_level=cluster.transport != "tcp" and 1 < len(hosts) < size,
                   places={place: member.name for place, member in enumerate(members)})
-    return Wired(group, members, cluster, arena, shared or {}, links[MESSAGE])
+    pids = None
+    if domain is not None and cluster.same_host != "staging":
+        pids = [shared[member.rank][1] if member.rank in shared else None for member in members]
+    mailbox = Mailbox(rank, links[MESSAGE], group=number, timeout=cluster.timeout, pids=pids,
+                      places={place: member.name for place, member in enumerate(members)})
+    return Wired(group, mailbox, members, cluster, arena, shared or {})
 
 
 # ---- ranks of one host -----------------------------------------------------------------------------------------------

@@ -95,12 +95,14 @@ class Engine(ABC):
     def barrier(self, *, timeout: float | None = None) -> None:
         """Return once every rank has called it."""
 
+    @abstractmethod
     def isend(self, x: Any, dst: int, tag: int = 0, note: bytes = b"", *, timeout: float | None = None) -> Work:
         """Start sending x to dst; messages of one pair and tag arrive in order. x may be used again once it is done.
 
         Args:    tag: 0 to 2**31 - 1.  note: at most 256 bytes that tell the receiver what x is.
         """
 
+    @abstractmethod
     def irecv(self, make: Callable[[bytes], Any], src: int | None = None, tag: int = 0, *,
               timeout: float | None = None) -> Work:
         """Start receiving a message with this tag from src, or from whoever is first.
@@ -143,7 +145,8 @@ class Engine(ABC):
 
     @abstractmethod
     def stats(self) -> dict:
-        """Bytes and messages since the start: {"links": {rank: {...}}, "shared_memory": {...}, "operations": {...}}."""
+        """Bytes and messages since the start: {"links": {rank: {...}}, "shared_memory": {...}, "operations": {...},
+        "messages": of isend and irecv}."""
 
     def record(self, on: bool = True) -> None:
         """Begin anew to remember every call, or stop."""

@@ -43,6 +43,42 @@ class FleetWork(Work):
         self._over.set()
 
 
+class Filled:
+    """Where a message goes: the array that `make` returns once the message's note is known."""
+
+    def __init__(self, make):
+        self.make, self.array, self.bring_back = make, None, None
+
+    def pin(self, note):
+        """The array's memory, or that of its copy."""
+        self.array = self.make(note)
+        data, self.bring_back = hold(self.array)
+        return data
+
+    def result(self, received):
+        """(array, source) of what the mailbox says."""
+        if self.bring_back is not None:
+            self.bring_back()
+            self.bring_back = None
+        return self.array, received[1]
+
+
+class Message(Work):
+    """A message under way."""
+
+    __slots__ = ("_filled", "_request")
+
+    def __init__(self, request, filled: Filled | None = None):
+        self._request, self._filled = request, filled
+
+    def wait(self, timeout=None):
+        received = self._request.wait(timeout)
+        return None if self._filled is None else self._filled.result(received)
+
+    def done(self):
+        return self._request.done()
+
+
 class FleetEngine(Engine):
     """Collectives of one group.
 
@@ -53,7 +89,7 @@ class FleetEngine(Engine):
     name = "fleet"
 
     def __init__(self, wired: Wired, number: int = 0):
-        self.wired, self.group = wired, wired.group
+        self.wired, self.group, self.mailbox = wired, wired.group, wired.mailbox
         self._number, self._num_groups = number, 0
         self.rank, self.world_size, self.epoch = self.group.rank, self.group.size, self.group.epoch
         self.ranks = tuple(member.rank for member in wired.members)
@@ -61,6 +97,7 @@ class FleetEngine(Engine):
         self.local_rank, self.local_world_size = local.index(self.rank), len(local)
         self._queue: queue.SimpleQueue | None = None
         self._thread: threading.Thread | None = None
+        self._driver: threading.Thread | None = None
         self._lock = threading.Lock()
         self._pending = 0               # calls submitted and not yet over
         self._closed = False
@@ -126,6 +163,31 @@ class FleetEngine(Engine):
             return self.submit("barrier", timeout=timeout).wait()
         self.group.barrier(timeout=timeout)
 
+    def isend(self, x, dst, tag=0, note=b"", *, timeout=None):
+        work = Message(self.mailbox.isend(hold(x, writable=False)[0], dst, tag, note, timeout))
+        self._drive()
+        return work
+
+    def irecv(self, make, src=None, tag=0, *, timeout=None):
+        filled = Filled(make)
+        work = Message(self.mailbox.irecv(filled.pin, src, tag, timeout), filled)
+        self._drive()
+        return work
+
+    def send(self, x, dst, tag=0, note=b"", *, timeout=None):
+        self.mailbox.send(hold(x, writable=False)[0], dst, tag, note, timeout)
+
+    def recv(self, make, src=None, tag=0, *, timeout=None):
+        filled = Filled(make)
+        return filled.result(self.mailbox.recv(filled.pin, src, tag, timeout))
+
+    def _drive(self):
+        """Have messages move while nobody waits for them, from the first one that may be left alone."""
+        with self._lock:
+            if self._driver is None and not self._closed:
+                self._driver = threading.Thread(target=self.mailbox.serve, daemon=True, name="pyfleet-messages")
+                self._driver.start()
+
     def new_group(self, ranks, *, timeout=None):
         places = self.check_members(ranks)
         seconds = self.wired.cluster.peer_timeout if timeout is None else timeout
@@ -175,7 +237,7 @@ class FleetEngine(Engine):
         return self.wired.arena.allocate(nbytes)
 
     def stats(self):
-        return self.group.stats()
+        return self.group.stats() | {"messages": self.mailbox.stats()}
 
     def record(self, on=True):
         self.group.record(on)
@@ -189,11 +251,14 @@ class FleetEngine(Engine):
         self._closed = True
         for group in self._groups:
             group.close()
+        self.mailbox.close()
         self.group.close()              # ends a call under way in the communication thread, too
         if self._thread is not None:
             self._queue.put(None)
             if threading.current_thread() is not self._thread:
                 self._thread.join()
+        if self._driver is not None and threading.current_thread() is not self._driver:
+            self._driver.join()
 
 
 def _serve(engine_ref, calls):
