@@ -19,6 +19,7 @@ _HOMES = {
         "all_reduce", "all_reduce_mean", "all_reduce_sum", "barrier", "broadcast", "empty", "from_numpy", "register",
         "ring_all_reduce", "zeros",
     ),
+    "pyfleet.compression": ("GradientCompressor", "quantize_gradients"),
     "pyfleet.data": ("DataPartitioner", "balance_workload", "seed_all"),
     "pyfleet.sampling": ("DistributedSampler",),
     "pyfleet.strategies": ("DDP", "DistributedDataParallel"),
