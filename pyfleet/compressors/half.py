@@ -10,6 +10,8 @@ from fleetcore.kernels.quantize import half_feedback_array
 from pyfleet.compressors.base import Compressor, expect, room
 from pyfleet.errors import DType
 
+_CHUNK = 1 << 16        # elements: what is widened is still in L2 when it is added
+
 
 class Half(Compressor):
     """Each element rounded to nearest even, denormals kept; NaN stays NaN."""
@@ -35,6 +37,12 @@ class Half(Compressor):
     def decode(self, data: np.ndarray, out: np.ndarray) -> None:
         expect(data, 2 * out.size)
         cast_array(out, DType.FLOAT32, data, self.wire_dtype)
+
+    def decode_add(self, data: np.ndarray, out: np.ndarray, weight: float = 1.0) -> None:
+        expect(data, 2 * out.size)
+        for start in range(0, out.size, _CHUNK):
+            piece = out[start:start + _CHUNK]
+            super().decode_add(data[2 * start:2 * (start + piece.size)], piece, weight)
 
 
 class Float16(Half):
