@@ -5,4 +5,6 @@ KERNELS = {
     "cast": "fleetcore.kernels.cast",
     "copy": "fleetcore.kernels.copy",
     "checksum": "fleetcore.kernels.checksum",
+    "sparsify": "fleetcore.kernels.sparsify",
+    "indices": "fleetcore.kernels.indices",
 }
