@@ -1,13 +1,29 @@
 """C2: the contract of a schedule: a collective algorithm as rows, made by a pure function.
 
-A schedule is a function (rank, size, count, ...) -> list of Row: what one rank does, in place, on an array of `count`
-elements. It touches no socket and no array, so that tests run every algorithm for every size in a simulator first.
+A schedule is a function (rank, size, bounds, root=0) -> list of Row: what one rank does. Offsets count elements of the
+whole array that the ranks work on together; segment r of it is [bounds[r], bounds[r + 1]), and bounds[size] is its
+length. (all_to_all alone has (rank, size, counts): its input and its output have offsets of their own.) It touches no
+socket and no array, so that tests run every algorithm for every size in a simulator first.
+
+A rank has an input and an output, which are the same memory for verbs that work in place. What lies there at the start
+and what must lie there at the end is the verb's business (SCHEDULES says which verbs there are):
+
+    all_reduce      input: the whole array           output: its reduction, in place
+    broadcast       input: root's array              output: the same, on all
+    reduce          input: the whole array           output: the reduction, on root; scratch elsewhere
+    reduce_scatter  input: the whole array           output: the own segment's reduction; may be scratch around it
+    all_gather      input: the own segment           output: all segments (the own one is put there by the caller)
+    gather          input: the own segment           output: all segments, on root (likewise)
+    scatter         input: all segments, on root     output: the own segment (likewise on root)
+    all_to_all      input: a part for each rank      output: a part from each rank (the own one by the caller)
 
 Rules the executor relies on:
-* the k-th SEND to a peer meets the peer's k-th COPY or FOLD from this rank, with the same [start, stop);
+* a SEND reads the input if its `after` is -1, else the output; a COPY writes the output; a FOLD reduces what arrives
+  with the input if its `after` is -1, else with the output, into the output;
+* the k-th SEND to a peer meets the peer's k-th COPY or FOLD from this rank, with the same number of elements;
 * a row may begin a chunk once row `after` has finished it; `after` is an earlier row whose range covers this one's;
-* FOLD rows that share a `fold` number have the same range and different peers: they are reduced together with the
-  rank's own data, all in rank order, once each peer's chunk is there;
+* FOLD rows that share a `fold` number have the same range, the same `after` and different peers: they are reduced
+  together with the rank's own data, all in rank order, once each peer's chunk is there;
 * a COPY may overwrite what an earlier SEND reads only if the bytes it brings depend on that SEND having arrived.
 """
 from typing import NamedTuple

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from pyfleet.errors import NotInitialized
@@ -27,7 +28,13 @@ class Engine(ABC):
     """Collective operations of one group of ranks, for one epoch.
 
     Every rank calls the same operations in the same order. Arrays are numpy arrays, torch tensors or objects with a
-    writable contiguous buffer, as pyfleet.arrays understands them. Calls from several threads are serialised.
+    writable contiguous buffer, as pyfleet.arrays understands them; only their elements in C order matter here, shapes
+    are the caller's business. Ranks are numbered within the group. `counts` are elements per rank, the same list on all
+    ranks; parts lie one after the other in rank order. Calls from several threads are serialised; inputs that are not
+    the output are left as they were.
+
+    Attributes:
+        ranks: the group's members, numbered as in the whole fleet.
     """
 
     name: str
@@ -36,6 +43,7 @@ class Engine(ABC):
     local_rank: int
     local_world_size: int
     epoch: int
+    ranks: tuple[int, ...]
 
     @abstractmethod
     def all_reduce(self, x: Any, op: Any = "sum", *, algorithm: str = "auto", timeout: float | None = None) -> None:
@@ -46,12 +54,76 @@ class Engine(ABC):
         """Replace x by rank src's x."""
 
     @abstractmethod
+    def reduce(self, x: Any, dst: int = 0, op: Any = "sum", *, timeout: float | None = None) -> None:
+        """On dst, replace x by the reduction of every rank's x."""
+
+    @abstractmethod
+    def all_gather_into(self, out: Any, x: Any, counts: list[int] | None = None, *, timeout: float | None = None) -> None:
+        """Fill out with every rank's x; counts None: they are equal. The rank's x may be its own part of out."""
+
+    @abstractmethod
+    def gather_into(self, out: Any, x: Any, counts: list[int], dst: int = 0, *, timeout: float | None = None) -> None:
+        """On dst, fill out with every rank's x; out is None elsewhere."""
+
+    @abstractmethod
+    def scatter_into(self, out: Any, x: Any, counts: list[int], src: int = 0, *, timeout: float | None = None) -> None:
+        """Fill out with this rank's part of src's x; x is None elsewhere."""
+
+    @abstractmethod
+    def reduce_scatter_into(self, out: Any, x: Any, counts: list[int], op: Any = "sum", *,
+                            timeout: float | None = None) -> None:
+        """Fill out with this rank's part of the reduction of every rank's x."""
+
+    @abstractmethod
+    def all_to_all_into(self, out: Any, x: Any, counts: list[list[int]], *, timeout: float | None = None) -> None:
+        """Send part j of x to rank j, and fill out with what came, in rank order.
+
+        Args:    counts: counts[i][j] elements go from rank i to rank j, the same table on all ranks.
+        """
+
+    @abstractmethod
     def barrier(self, *, timeout: float | None = None) -> None:
         """Return once every rank has called it."""
 
     @abstractmethod
-    def submit(self, verb: str, *args: Any, **kwargs: Any) -> Work:
-        """Start self.<verb>(*args, **kwargs) on the communication thread; calls run in the order of submission."""
+    def isend(self, x: Any, dst: int, tag: int = 0, note: bytes = b"", *, timeout: float | None = None) -> Work:
+        """Start sending x to dst; messages of one pair and tag arrive in order. x may be used again once it is done.
+
+        Args:    tag: 0 to 2**31 - 1.  note: at most 256 bytes that tell the receiver what x is.
+        """
+
+    @abstractmethod
+    def irecv(self, make: Callable[[bytes], Any], src: int | None = None, tag: int = 0, *,
+              timeout: float | None = None) -> Work:
+        """Start receiving a message with this tag from src, or from whoever is first.
+
+        Args:    make: called with the message's note once it is known; returns the array to fill.
+        Returns: Work whose result is (what make returned, the sender's rank).
+        Raises:  from wait: what make raises (the message is then dropped); ShapeError when its array has another size.
+        """
+
+    def send(self, x: Any, dst: int, tag: int = 0, note: bytes = b"", *, timeout: float | None = None) -> None:
+        """As isend, done when it returns."""
+        self.isend(x, dst, tag, note, timeout=timeout).wait()
+
+    def recv(self, make: Callable[[bytes], Any], src: int | None = None, tag: int = 0, *,
+             timeout: float | None = None) -> tuple[Any, int]:
+        """As irecv, done when it returns."""
+        return self.irecv(make, src, tag, timeout=timeout).wait()
+
+    @abstractmethod
+    def submit(self, call: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Work:
+        """Start a call on the communication thread; calls run in the order of submission.
+
+        Args:    call: the name of a verb of this engine, or a function that uses it.
+        """
+
+    @abstractmethod
+    def new_group(self, ranks: list[int], *, timeout: float | None = None) -> Engine | None:
+        """An engine for some of this one's ranks, in that order; None on the others. Every rank of this one calls it.
+
+        The new engine can be used concurrently with this one, from another thread. Close it before this one.
+        """
 
     @abstractmethod
     def allocate(self, nbytes: int) -> Any:
