@@ -5,4 +5,10 @@ A benchmark is a module here with `main(argv) -> exit status` and a row in `BENC
 bench/systems.py and lives in the same processes, in the same run, on the same network as the others.
 """
 
-BENCHMARKS = {"allreduce": "bench.allreduce", "sparsify": "bench.sparsify", "waiting": "bench.waiting"}
+BENCHMARKS = {
+    "allreduce": "bench.allreduce",
+    "compress": "bench.compress",
+    "links": "bench.links",
+    "sparsify": "bench.sparsify",
+    "waiting": "bench.waiting",
+}

@@ -5,20 +5,16 @@ import argparse
 import csv
 import gc
 import json
-import math
 import sys
 
 from bench import bounds, congestion
 from bench.options import OtherWork, add_common, ended_by_signals, fits, print_machine, settle, wants_mpirun
 from bench.ranks import Ranks, RanksFailed, Team
 from bench.report import human_rate, human_ratio, human_size, human_time, summary, table, tell_troubles
-from bench.stage import Stage
+from bench.stage import MAX_REPS, MIN_REPS, Stage
 from bench.systems import RIVALS, SYSTEMS
 
 LADDER = "4B,64B,1KB,4KB,16KB,64KB,256KB,1MB,4MB,25MB,100MB,256MB"
-SAMPLE_NS = 200_000         # a sample lasts at least so long: the ranks leave their barrier 0.3 us apart (99 of 100 times)
-MAX_CALLS = 4096
-MIN_REPS, MAX_REPS = 5, 101
 BOUND_BYTES = 100 << 20     # above every cache; the share of the bound is shown for arrays of 1 MB and more
 
 
@@ -32,55 +28,11 @@ def rank_main(team: Team, options: dict) -> None:
         team.emit(kind="bounds", **bounds.measure(team, BOUND_BYTES))
     budget_s = options["budget"] / max(1, len(options["sizes"]))
     for num_bytes in options["sizes"]:
-        team.emit(kind="size", size=num_bytes, rows=_measure(stage, num_bytes, options["reps"], budget_s))
+        team.emit(kind="size", size=num_bytes, rows=stage.rows(num_bytes, options["reps"], budget_s))
         gc.collect()
     if options["bounds"]:
         team.emit(kind="bounds", **bounds.measure(team, BOUND_BYTES))
     stage.close()
-
-
-def _measure(stage: Stage, num_bytes: int, reps: int | None, budget_s: float) -> list[dict]:
-    """The rows of one size: systems take turns, sample by sample, so that what disturbs one disturbs them all."""
-    handles, num_calls, samples, round_ns = {}, {}, {}, 0
-    stage.size = num_bytes
-    for name, system in list(stage.systems.items()):
-        if system.largest is not None and num_bytes > system.largest:
-            continue
-        handle = stage.prepare(name)
-        if handle is not None and (found := _calibrate(stage, name, handle)):
-            handles[name], (num_calls[name], lasted_ns) = handle, found
-            samples[name] = []
-            round_ns += lasted_ns
-    if not handles:
-        return []
-    # Every rank computes the same numbers from the same exchanged times, so they agree without asking.
-    reps = reps or min(MAX_REPS, max(MIN_REPS, int(budget_s * 1e9 / max(1, round_ns))))
-    stage.team.progress(f"the samples of {human_size(num_bytes)}")
-    for rep in range(reps):
-        order = list(handles)
-        order = order[rep % len(order):] + order[:rep % len(order)]
-        for name in order if rep % 2 == 0 else reversed(order):
-            if name in stage.systems and (lasted_ns := stage.sample(name, handles[name], num_calls[name])) is not None:
-                samples[name].append(lasted_ns / num_calls[name] / 1e9)
-    return [{"system": name, "bound": stage.systems[name].bound, "calls": num_calls[name], "seconds": samples[name]}
-            for name in handles if name in stage.systems]
-
-
-def _calibrate(stage: Stage, name: str, handle: object) -> tuple[int, int] | None:
-    """Calls per sample, and the nanoseconds that one sample lasts; None when the system failed."""
-    num_calls = 1
-    while True:
-        lasted_ns = sys.maxsize
-        for _ in range(5):      # the least of them: one that others disturbed would leave the samples too short
-            if (sample_ns := stage.sample(name, handle, num_calls)) is None:
-                return None
-            lasted_ns = min(lasted_ns, sample_ns)
-            if lasted_ns > 20 * SAMPLE_NS:
-                break
-        if lasted_ns >= SAMPLE_NS or num_calls == MAX_CALLS:
-            return num_calls, lasted_ns
-        wanted = math.ceil(1.25 * num_calls * SAMPLE_NS / max(1, lasted_ns))
-        num_calls = min(MAX_CALLS, 16 * num_calls, wanted)
 
 
 # The parent's side.

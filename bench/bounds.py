@@ -1,4 +1,4 @@
-"""What the machine allows: memory and loopback TCP, measured by the ranks themselves, in the run that they bound."""
+"""What the machine allows: memory and TCP, measured by the ranks themselves, in the run that they bound."""
 from __future__ import annotations
 
 import contextlib
@@ -30,10 +30,19 @@ def measure(team: Team, num_bytes: int) -> dict[str, float]:
     copy = _best(team, lambda: np.copyto(target, source), range(team.size))
     rewrite = _best(team, lambda: np.negative(source, out=source), range(team.size))
     team.progress("the TCP bound")
-    with _ring(team) as (to_next, from_previous):
-        tcp = _best(team, lambda: _pass_on(to_next, from_previous, source, target), range(team.size))
     size = source.nbytes
-    return {"copy_one": size / alone, "copy_all": team.size * size / copy, "rewrite": size / rewrite, "tcp": size / tcp}
+    return {"copy_one": size / alone, "copy_all": team.size * size / copy, "rewrite": size / rewrite,
+            "tcp": measure_tcp(team, source, target, ["127.0.0.1"] * team.size)}
+
+
+def measure_tcp(team: Team, source: np.ndarray, target: np.ndarray, addresses: list[str], samples: int = _SAMPLES) -> float:
+    """Bytes per second of one direction while every rank sends source to the next one and receives target.
+
+    Args:    addresses: each rank's own, where it listens.  samples: of which the best counts.
+    """
+    with _ring(team, addresses) as (to_next, from_previous):
+        best = _best(team, lambda: _pass_on(to_next, from_previous, source, target), range(team.size), samples)
+    return source.nbytes / best
 
 
 def all_reduce_bound(bounds: dict[str, float], kind: str, num_ranks: int) -> float:
@@ -46,10 +55,10 @@ def all_reduce_bound(bounds: dict[str, float], kind: str, num_ranks: int) -> flo
     return bounds["tcp"] * num_ranks / (2 * (num_ranks - 1))
 
 
-def _best(team: Team, work, ranks) -> float:
+def _best(team: Team, work, ranks, samples: int = _SAMPLES) -> float:
     """Seconds that the slowest of `ranks` takes, in the best of a few samples."""
     best = float("inf")
-    for _ in range(_SAMPLES + 1):       # the first one maps the pages
+    for _ in range(samples + 1):       # the first one maps the pages
         team.tick()
         team.exchange()
         start = time.perf_counter_ns()
@@ -63,16 +72,17 @@ def _best(team: Team, work, ranks) -> float:
 
 
 @contextlib.contextmanager
-def _ring(team: Team):
+def _ring(team: Team, addresses: list[str]):
     """Connected sockets (to the next rank, from the previous one); of two ranks, one connection for both directions."""
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        listener = stack.enter_context(socket.create_server((addresses[team.rank], 0)))
         ports = team.exchange(listener.getsockname()[1])
         listener.settimeout(30)
         pair = team.size == 2
         to_next = from_previous = None
         if not (pair and team.rank == 1):
-            to_next = stack.enter_context(socket.create_connection(("127.0.0.1", ports[(team.rank + 1) % team.size]), 30))
+            peer = (team.rank + 1) % team.size
+            to_next = stack.enter_context(socket.create_connection((addresses[peer], ports[peer]), 30))
         if not (pair and team.rank == 0):
             from_previous = stack.enter_context(listener.accept()[0])
         to_next, from_previous = to_next or from_previous, from_previous or to_next
@@ -112,6 +122,6 @@ def _wait(poll: select.poll, sending: socket.socket | None, receiving: socket.so
     for fd, events in wanted.items():
         poll.register(fd, events)
     if not poll.poll(30_000):
-        raise TimeoutError("the loopback connection stands still")
+        raise TimeoutError("a connection between neighbours stands still")
     for fd in wanted:
         poll.unregister(fd)

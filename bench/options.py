@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import psutil
 
@@ -17,30 +17,41 @@ from bench.systems import FLEET, RIVALS, SYSTEMS
 
 
 def add_common(parser: argparse.ArgumentParser, sizes: str) -> None:
-    """The options that benchmarks of systems share."""
-    parser.add_argument("--rivals", action="store_true", help=f"measure {', '.join(RIVALS)} too")
-    parser.add_argument("--systems", type=lambda text: parse_list(text), metavar="A,B",
-                        help="exactly these (default: " + ",".join(FLEET) + ")")
+    """The options that benchmarks of systems on one host share."""
+    add_systems(parser, sizes, FLEET, RIVALS)
     parser.add_argument("--ranks", type=lambda text: parse_list(text, int), default=[2], metavar="N,M",
                         help="numbers of ranks, one run each (default 2)")
-    parser.add_argument("--sizes", type=lambda text: parse_list(text, parse_size), default=parse_list(sizes, parse_size),
-                        metavar="A,B", help=f"default {sizes}")
     parser.add_argument("--congestion", choices=congestion.CHOICES, default="auto",
                         help="TCP congestion control of all systems (default: cubic or reno, in a private network namespace)")
-    parser.add_argument("--json", metavar="FILE", help="write everything here, every sample included")
     parser.add_argument(congestion.INSIDE, action="store_true", help=argparse.SUPPRESS)
+
+
+def add_systems(parser: argparse.ArgumentParser, sizes: str, ours: Sequence[str], rivals: Sequence[str]) -> None:
+    """Which systems, which sizes, and where the samples go."""
+    parser.add_argument("--rivals", action="store_true", help=f"measure {', '.join(rivals)} too")
+    parser.add_argument("--systems", type=lambda text: parse_list(text), metavar="A,B",
+                        help="exactly these (default: " + ",".join(ours) + ")")
+    parser.add_argument("--sizes", type=lambda text: parse_list(text, parse_size), default=parse_list(sizes, parse_size),
+                        metavar="A,B", help=f"default {sizes}")
+    parser.add_argument("--json", metavar="FILE", help="write everything here, every sample included")
 
 
 def settle(parser: argparse.ArgumentParser, options: argparse.Namespace) -> argparse.Namespace:
     """The options with systems filled in, once they make sense; ends the program with a usage error when they do not."""
-    options.systems = options.systems or [*FLEET, *(RIVALS if options.rivals else ())]
+    settle_systems(parser, options, FLEET, RIVALS)
+    if any(ranks < 2 for ranks in options.ranks):
+        parser.error("an all-reduce wants 2 ranks or more")
+    return options
+
+
+def settle_systems(parser: argparse.ArgumentParser, options: argparse.Namespace, ours: Sequence[str],
+                   rivals: Sequence[str]) -> None:
+    """As settle, for the options of add_systems."""
+    options.systems = options.systems or [*ours, *(rivals if options.rivals else ())]
     if unknown := [name for name in options.systems if name not in SYSTEMS]:
         parser.error(f"no system called {unknown[0]!r}; there are: {', '.join(SYSTEMS)}")
     if any(size < 4 or size % 4 for size in options.sizes):
         parser.error("a size is a positive number of float32s: a multiple of 4 bytes")
-    if any(ranks < 2 for ranks in options.ranks):
-        parser.error("an all-reduce wants 2 ranks or more")
-    return options
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Self
 
 import psutil
@@ -48,8 +48,10 @@ class Team:
         with open(folder / "board", "r+b") as file:
             self._words = memoryview(mmap.mmap(file.fileno(), 0)).cast("Q")
 
-    def exchange(self, payload: int = 0) -> list[int]:
+    def exchange(self, payload: int = 0, patient: bool = False) -> list[int]:
         """Every rank's payload (0 <= payload < 2**48), in rank order, once all have called: a barrier that carries a word.
+
+        Patience leaves the core to ranks that still work, where there are more ranks than cores.
 
         Value and turn travel in one aligned word, so no memory order is assumed; slots alternate, as a rank can be one turn
         ahead of another and never two.
@@ -63,18 +65,18 @@ class Team:
         for peer in range(self.size):
             word = words[peer * _STRIDE + half]
             if word >> PAYLOAD_BITS != turn:
-                word = self._await(peer, peer * _STRIDE + half, turn)
+                word = self._await(peer, peer * _STRIDE + half, turn, patient and self._spins == 0)
             payloads.append(word & mask)
         return payloads
 
-    def _await(self, peer: int, index: int, turn: int) -> int:
+    def _await(self, peer: int, index: int, turn: int, patient: bool) -> int:
         words, start, spins = self._words, time.perf_counter(), 0
         while (word := words[index]) >> PAYLOAD_BITS != turn:
             spins += 1
             if spins > self._spins:
                 os.sched_yield()
                 waited_s = time.perf_counter() - start
-                if waited_s > _AWAKE_S:
+                if patient or waited_s > _AWAKE_S:
                     time.sleep(2e-4)
                 if waited_s > self._timeout_s:
                     raise TimeoutError(f"rank {peer} did not come to turn {turn} within {self._timeout_s:.0f} s")
@@ -85,7 +87,7 @@ class Team:
         self._notes += 1
         if trouble:
             self._note(self.rank).write_text(trouble)
-        for rank, troubled in enumerate(self.exchange(bool(trouble))):
+        for rank, troubled in enumerate(self.exchange(bool(trouble), patient=True)):
             if troubled:
                 return self._note(rank).read_text()
         return None
@@ -117,9 +119,11 @@ class Ranks:
 
     Args:    first: the lowest rank to start; the caller takes the ranks below it with `team(rank)`.
              mpi: start them under mpirun, so that they are one MPI job as well (first must be 0).
+             prefix: the command that starts another one where a rank belongs; none: they all start here.
     """
 
-    def __init__(self, module: str, size: int, options: dict, *, mpi: bool = False, first: int = 0) -> None:
+    def __init__(self, module: str, size: int, options: dict, *, mpi: bool = False, first: int = 0,
+                 prefix: Callable[[int], list[str]] = lambda rank: []) -> None:
         memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix=f"bench-{secrets.token_hex(3)}-", dir=memory))
         self.size = size
@@ -134,7 +138,7 @@ class Ranks:
                 self._start(["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", str(size), *command])
             else:
                 for rank in range(first, size):
-                    self._start([*command, str(rank)])
+                    self._start([*prefix(rank), *command, str(rank)])
         except BaseException:
             self.close()
             raise
@@ -166,7 +170,8 @@ class Ranks:
         Raises:  RanksFailed when a process ends badly, or makes no progress for minutes.
         """
         ticks, moved = -1, time.monotonic()
-        with open(self.folder / "board", "rb") as board, open(self.folder / "events") as events:
+        # Unbuffered: a seek within a buffer reads again what was read before, and the ticks would stand still.
+        with open(self.folder / "board", "rb", buffering=0) as board, open(self.folder / "events") as events:
             pending = ""
             while True:
                 codes = [process.poll() for process in self._processes]     # first: what ended has said all it will

@@ -2,14 +2,29 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from bench.ranks import Team
 from bench.report import human_size
 from bench.systems import System, create
+
+SAMPLE_NS = 200_000         # a sample lasts at least so long: the ranks leave their barrier 0.3 us apart (99 of 100 times)
+MAX_CALLS = 4096
+MIN_REPS, MAX_REPS = 5, 101
+
+
+class Sample(NamedTuple):
+    """What some calls in a row cost."""
+
+    elapsed_ns: int     # of the slowest rank
+    cpu_ns: int         # of all ranks and their threads, waiting included
+    wire_bytes: int     # of the host whose link carried most in one direction; 0 where there is no link
 
 
 class Stage:
@@ -19,9 +34,12 @@ class Stage:
     (None: nothing yet).
     """
 
-    def __init__(self, team: Team, names: list[str]) -> None:
-        """Start the systems, one after the other; those that cannot start are reported and left out."""
-        self.team = team
+    def __init__(self, team: Team, names: list[str], traffic: Callable[[], tuple[int, int]] | None = None) -> None:
+        """Start the systems, one after the other; those that cannot start are reported and left out.
+
+        Args:    traffic: bytes that this host's link has carried so far, one direction and the other.
+        """
+        self.team, self._traffic = team, traffic
         self.size: int | None = None
         self.systems: dict[str, System] = {}
         self.reasons: dict[str, str] = {}
@@ -66,20 +84,77 @@ class Stage:
 
         return made[0] if self.attempt(name, first_call) and self.attempt(name, check) else None
 
-    def sample(self, name: str, handle: object, num_calls: int) -> int | None:
-        """Nanoseconds that num_calls calls took the slowest rank; None when a rank failed, and the system is out."""
-        call, elapsed = self.systems[name].call, 0
+    def sample(self, name: str, handle: object, num_calls: int) -> Sample | None:
+        """What num_calls calls cost; None when a rank failed, and the system is out."""
+        call, elapsed, cpu, carried = self.systems[name].call, 0, 0, (0, 0)
 
         def calls() -> None:
-            nonlocal elapsed
-            start = time.perf_counter_ns()
+            nonlocal elapsed, cpu
+            cpu, start = time.process_time_ns(), time.perf_counter_ns()
             for _ in range(num_calls):
                 call(handle)
             elapsed = time.perf_counter_ns() - start
+            cpu = time.process_time_ns() - cpu
 
         self.team.tick()
+        if self._traffic:
+            carried = self._traffic()
         self.team.exchange()
-        return max(self.team.exchange(elapsed)) if self.attempt(name, calls) else None
+        if not self.attempt(name, calls):
+            return None
+        slowest, total = max(self.team.exchange(elapsed)), sum(self.team.exchange(cpu))
+        if self._traffic:
+            carried = (now - before for now, before in zip(self._traffic(), carried, strict=True))
+        return Sample(slowest, total, max(self.team.exchange(max(carried))))
+
+    def rows(self, num_bytes: int, reps: int | None, budget_s: float) -> list[dict]:
+        """One row per system for arrays of num_bytes: {"system", "bound", "calls", "seconds", "cpu_s", "wire_bytes"}.
+
+        Systems take turns, sample by sample, so that what disturbs one disturbs them all.
+        Args:    reps: samples of each system; None for what budget_s allows.
+        """
+        handles, num_calls, samples, round_ns = {}, {}, {}, 0
+        self.size = num_bytes
+        for name, system in list(self.systems.items()):
+            if system.largest is not None and num_bytes > system.largest:
+                continue
+            handle = self.prepare(name)
+            if handle is not None and (found := self._calibrate(name, handle)):
+                handles[name], (num_calls[name], lasted_ns) = handle, found
+                samples[name] = []
+                round_ns += lasted_ns
+        if not handles:
+            return []
+        # Every rank computes the same numbers from the same exchanged times, so they agree without asking.
+        reps = reps or min(MAX_REPS, max(MIN_REPS, int(budget_s * 1e9 / max(1, round_ns))))
+        self.team.progress(f"the samples of {human_size(num_bytes)}")
+        for rep in range(reps):
+            order = list(handles)
+            order = order[rep % len(order):] + order[:rep % len(order)]
+            for name in order if rep % 2 == 0 else reversed(order):
+                if name in self.systems and (sample := self.sample(name, handles[name], num_calls[name])) is not None:
+                    samples[name].append(sample)
+        return [{"system": name, "bound": self.systems[name].bound, "calls": num_calls[name],
+                 "seconds": [sample.elapsed_ns / num_calls[name] / 1e9 for sample in samples[name]],
+                 "cpu_s": [sample.cpu_ns / num_calls[name] / 1e9 for sample in samples[name]],
+                 "wire_bytes": [sample.wire_bytes / num_calls[name] for sample in samples[name]]}
+                for name in handles if name in self.systems]
+
+    def _calibrate(self, name: str, handle: object) -> tuple[int, int] | None:
+        """Calls per sample, and the nanoseconds that one sample lasts; None when the system failed."""
+        num_calls = 1
+        while True:
+            lasted_ns = sys.maxsize
+            for _ in range(5):      # the least of them: one that others disturbed would leave the samples too short
+                if (sample := self.sample(name, handle, num_calls)) is None:
+                    return None
+                lasted_ns = min(lasted_ns, sample.elapsed_ns)
+                if lasted_ns > 20 * SAMPLE_NS:
+                    break
+            if lasted_ns >= SAMPLE_NS or num_calls == MAX_CALLS:
+                return num_calls, lasted_ns
+            wanted = math.ceil(1.25 * num_calls * SAMPLE_NS / max(1, lasted_ns))
+            num_calls = min(MAX_CALLS, 16 * num_calls, wanted)
 
     def close(self) -> None:
         """Leave every system; one that cannot leave does not keep the others."""

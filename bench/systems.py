@@ -17,11 +17,15 @@ SYSTEMS = {
     "numpy": "bench.systems:Numpy",
     "tcp": "bench.systems:Tcp",
     "secure": "bench.systems:Secure",
+    "fleet": "bench.systems:Hosts",
+    "ring": "bench.systems:Ring",
+    "direct": "bench.systems:Direct",
     "gloo": "bench.rivals.gloo:Gloo",
     "mpi": "bench.rivals.mpi:Mpi",
     "mlx": "bench.rivals.mlx:Mlx",
 }
-FLEET = ("arena", "ordinary", "numpy", "tcp")       # what runs when nobody says which; "secure" on demand
+FLEET = ("arena", "ordinary", "numpy", "tcp")       # on one host, what runs when nobody says which; "secure" on demand
+HOSTS = ("fleet", "ring", "direct")                 # the same between hosts
 RIVALS = ("gloo", "mpi", "mlx")
 TIMEOUT_S = 60.0
 
@@ -160,3 +164,24 @@ class Secure(Tcp):
     """TCP over the loopback interface, encrypted as between hosts by default."""
 
     encryption = "on"
+
+
+class Hosts(Ordinary):
+    """Whatever a user on several hosts gets, in the clear as the rivals are."""
+
+    transport = "auto"
+    bound = "tcp"
+
+
+class Ring(Hosts):
+    """The ring over links."""
+
+    def call(self, handle: Any) -> None:
+        self._all_reduce(handle, algorithm="ring")
+
+
+class Direct(Hosts):
+    """Everyone to everyone over links."""
+
+    def call(self, handle: Any) -> None:
+        self._all_reduce(handle, algorithm="direct")

@@ -6,7 +6,7 @@ from libc.stdint cimport uint64_t
 from fleetcore.posix cimport memcmp
 from fleetcore.status cimport (
     OK, ST_CORRUPT, ST_INTERRUPTED, ST_LEFT, ST_NO_MEMORY, ST_OUT_OF_STEP, ST_PEER_LOST, ST_SYSTEM, ST_TIMEOUT, ST_UNSUPPORTED,
-    VERB_BARRIER, VERB_BROADCAST, VERB_ALL_GATHER, Call, Fault,
+    VERB_ALL_GATHER, VERB_ALL_TO_ALL, VERB_BARRIER, VERB_BROADCAST, VERB_GATHER, VERB_REDUCE, VERB_SCATTER, Call, Fault,
 )
 
 from fleetcore.errors import (
@@ -57,11 +57,16 @@ cdef str describe(const Call *call):
         return "barrier()"
     dtype = DType(call.dtype).name.lower() if call.dtype < len(DType) else f"dtype {call.dtype}"
     array = f"{dtype}[{call.count}]"
-    if call.verb == VERB_BROADCAST:
-        return f"broadcast({array}, src={call.root})"
-    if call.verb == VERB_ALL_GATHER:
-        return f"all_gather({array})"
-    return f"{verb}({array}, {ReduceOp(call.op).name.lower() if call.op < len(ReduceOp) else call.op})"
+    op = ReduceOp(call.op).name.lower() if call.op < len(ReduceOp) else call.op
+    if call.verb in (VERB_BROADCAST, VERB_SCATTER):
+        return f"{verb}({array}, src={call.root})"
+    if call.verb == VERB_GATHER:
+        return f"{verb}({array}, dst={call.root})"
+    if call.verb == VERB_REDUCE:
+        return f"{verb}({array}, {op}, dst={call.root})"
+    if call.verb in (VERB_ALL_GATHER, VERB_ALL_TO_ALL):
+        return f"{verb}({array})"
+    return f"{verb}({array}, {op})"
 
 
 cdef int check(int rc, const Fault *fault, object context) except -1:

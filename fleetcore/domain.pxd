@@ -21,6 +21,11 @@ cdef enum Way:                 # how ordinary memory is reduced
     WAY_READ = 2               # process_vm_readv
     NUM_WAYS = 3
 
+cdef struct Want:              # what this rank takes of one peer's input
+    size_t whole               # bytes of that input
+    size_t start, stop         # what is wanted of it; nothing when equal
+    char *into
+
 cdef struct Slot:              # what one rank says about one operation
     uint64_t sequence          # written last
     Call call
@@ -73,6 +78,10 @@ cdef class Domain:
     cdef int all_reduce(self, const Call *call, char *data, int64_t deadline, Fault *fault) noexcept nogil
     cdef int broadcast(self, const Call *call, char *data, int64_t deadline, Fault *fault) noexcept nogil
     cdef int barrier(self, const Call *call, int64_t deadline, Fault *fault) noexcept nogil
+    cdef int exchange(self, const Call *call, const char *data, size_t nbytes, const Want *wants, size_t longest, int64_t deadline, Fault *fault) noexcept nogil
+    cdef int combine(self, const Call *call, const char *data, size_t start, size_t stop, char *into, int64_t deadline, Fault *fault) noexcept nogil
+    cdef int reduce(self, const Call *call, char *data, int64_t deadline, Fault *fault) noexcept nogil
+    cdef int combine_announced(self, const Call *call, const char *data, size_t start, size_t stop, char *into, int64_t deadline, Fault *fault) noexcept nogil
     cdef void condemn(self, const Fault *fault) noexcept nogil
 
     cdef int blame(self, Fault *fault, int status, int rank, int error) noexcept nogil
@@ -82,6 +91,10 @@ cdef class Domain:
     cdef void ring(self, int peer) noexcept nogil
     cdef int wait_for(self, int peer, int64_t word_offset, uint64_t target, int64_t deadline, Fault *fault) noexcept nogil
     cdef int step(self) noexcept nogil
+    cdef int finish(self, int64_t deadline, Fault *fault) noexcept nogil
+    cdef Slot *said(self, int peer) noexcept nogil
+    cdef bint is_staged(self, int peer) noexcept nogil
+    cdef int reduce_range(self, const Call *call, size_t nbytes, char *into, Fault *fault) noexcept nogil
     cdef int wait_phase_of_all(self, uint64_t target, int64_t deadline, Fault *fault) noexcept nogil
     cdef char *stage_in(self, int peer, size_t turn) noexcept nogil
     cdef char *stage_out(self, int peer, size_t turn) noexcept nogil

@@ -581,3 +581,168 @@ cdef class Domain:
             self.step()
             fault.done_bytes = t * self.piece_bytes + n
         return self.wait_phase_of_all(self.phase, deadline, fault) if self.rank == root else OK
+
+    # ---- verbs that pull: every rank takes what it wants of the others' inputs --------------------------------------
+
+    cdef Slot *said(self, int peer) noexcept nogil:
+        """What the peer announced for the operation in hand."""
+        return &self.lines[peer].slots[self.sequence & 1]
+
+    cdef bint is_staged(self, int peer) noexcept nogil:
+        """Whether the peer's input can be had only through its staging slots."""
+        return self.said(peer).place == PLACE_PROCESS and not self.allowed[<int>WAY_READ]
+
+    cdef int finish(self, int64_t deadline, Fault *fault) noexcept nogil:
+        """Tell the others that this rank needs nothing of them any more, and wait until none needs anything of it."""
+        self.step()
+        return self.wait_phase_of_all(self.phase, deadline, fault)
+
+    cdef int exchange(self, const Call *call, const char *data, size_t nbytes, const Want *wants, size_t longest,
+                      int64_t deadline, Fault *fault) noexcept nogil:
+        """Copy wants[peer] out of every peer's input (not out of the own one).
+
+        Args:    data, nbytes: the own input.  wants: one per rank.  longest: the most bytes of input that a rank has.
+        """
+        cdef const Want *want
+        cdef size_t turns = 0, t, start, stop
+        cdef uint64_t base
+        cdef int i, peer, rc
+        cdef bint pulled = False
+        rc = self.announce(call, <char *>data, nbytes, deadline, fault)
+        if rc != OK or longest == 0:
+            return rc
+        for i in range(self.size):
+            peer = (self.rank + i) % self.size
+            want = &wants[peer]
+            if self.said(peer).place != PLACE_INLINE:
+                pulled = True
+            if self.is_staged(peer):
+                turns = (longest + self.piece_bytes - 1) // self.piece_bytes
+            elif peer != self.rank and want.stop > want.start:
+                if self.said(peer).place == PLACE_INLINE:
+                    self.read_bytes += want.stop - want.start
+                    memcpy(want.into, carried(self.said(peer), want.whole) + want.start, want.stop - want.start)
+                else:
+                    rc = self.fetch(peer, want.start, want.stop - want.start, want.into, fault)
+                    if rc != OK:
+                        return rc
+        if not pulled:
+            return OK                              # all of it rode along; slots alternate, see announce
+        base = self.phase
+        for t in range(turns):
+            if self.is_staged(self.rank) and t * self.piece_bytes < nbytes:
+                copy_out(self.stage_in(self.rank, t), data + t * self.piece_bytes,
+                         smaller(self.piece_bytes, nbytes - t * self.piece_bytes))
+            self.step()                            # piece t is there, piece t - 1 of all others has been read
+            rc = self.wait_phase_of_all(base + t + 1, deadline, fault)
+            if rc != OK:
+                return rc
+            for peer in range(self.size):
+                want = &wants[peer]
+                if peer == self.rank or not self.is_staged(peer):
+                    continue
+                start, stop = t * self.piece_bytes, (t + 1) * self.piece_bytes
+                start, stop = start if start > want.start else want.start, smaller(stop, want.stop)
+                if start < stop:
+                    memcpy(want.into + (start - want.start),
+                           self.stage_in(peer, t) + (start - t * self.piece_bytes), stop - start)
+                    self.read_bytes += stop - start
+        return self.finish(deadline, fault)
+
+    cdef int reduce_range(self, const Call *call, size_t nbytes, char *into, Fault *fault) noexcept nogil:
+        """Reduce what self.srcs point at, in rank order."""
+        cdef void *dst = into
+        cdef int rc = reduce_many(call.dtype, call.op, &dst, 1, <const void **>self.srcs, self.size,
+                                  nbytes // item_bytes(call.dtype), self.size if call.op == OP_MEAN else 1)
+        self.read_bytes += nbytes * (self.size - 1)
+        return rc if rc == OK else self.blame(fault, rc, self.rank, 0)
+
+    cdef int combine(self, const Call *call, const char *data, size_t start, size_t stop, char *into, int64_t deadline,
+                     Fault *fault) noexcept nogil:
+        """Reduce bytes [start, stop) of all ranks' inputs, in rank order, into `into`; start == stop: only lend data.
+
+        Args:    data: call.count elements.  into: may be data + start, if no other rank wants that range.
+        """
+        cdef int rc = self.announce(call, <char *>data, call.count * item_bytes(call.dtype), deadline, fault)
+        if rc != OK or call.count == 0:
+            return rc
+        return self.combine_announced(call, data, start, stop, into, deadline, fault)
+
+    cdef int reduce(self, const Call *call, char *data, int64_t deadline, Fault *fault) noexcept nogil:
+        """On call.root (a rank of this domain), replace data by the reduction of all ranks' data."""
+        cdef size_t itemsize = item_bytes(call.dtype), nbytes = call.count * itemsize, start, stop
+        cdef int peer, rc
+        cdef bint all_arena = nbytes > INLINE_BYTES
+        cdef void *dst
+        rc = self.announce(call, data, nbytes, deadline, fault)
+        if rc != OK or nbytes == 0:
+            return rc
+        for peer in range(self.size):
+            all_arena = all_arena and self.said(peer).place == PLACE_ARENA
+        if not all_arena:
+            return self.combine_announced(call, data, 0, nbytes if self.rank == <int>call.root else 0, data, deadline, fault)
+        # Everyone reduces its share of all inputs and writes it where root's array lies.
+        share(call.count, itemsize, self.size, self.rank, &start, &stop)
+        for peer in range(self.size):
+            self.srcs[peer] = self.bases[peer] + self.said(peer).address + start * itemsize
+        dst = self.srcs[<int>call.root]
+        rc = self.reduce_range(call, (stop - start) * itemsize, <char *>dst, fault)
+        return rc if rc != OK else self.finish(deadline, fault)
+
+    cdef int combine_announced(self, const Call *call, const char *data, size_t start, size_t stop, char *into,
+                               int64_t deadline, Fault *fault) noexcept nogil:
+        cdef size_t nbytes = call.count * item_bytes(call.dtype), turns, t, at, n, end
+        cdef size_t chunk = SCRATCH_BYTES // self.size // 64 * 64
+        cdef uint64_t base
+        cdef int peer, rc
+        cdef bint staged = False, fetched = False
+        if nbytes <= INLINE_BYTES:
+            for peer in range(self.size):
+                self.srcs[peer] = carried(self.said(peer), nbytes) + start
+            return self.reduce_range(call, stop - start, into, fault) if start < stop else OK
+        for peer in range(self.size):
+            staged = staged or self.is_staged(peer)
+            fetched = fetched or (peer != self.rank and self.said(peer).place == PLACE_PROCESS)
+        base = self.phase
+        turns = (nbytes + self.piece_bytes - 1) // self.piece_bytes if staged else 0
+        if not staged and not fetched:
+            chunk = nbytes
+        at = start
+        while not staged and at < stop:
+            n = smaller(chunk, stop - at)
+            for peer in range(self.size):
+                if peer == self.rank:
+                    self.srcs[peer] = <void *>(data + at)
+                elif self.said(peer).place == PLACE_ARENA:
+                    self.srcs[peer] = self.bases[peer] + self.said(peer).address + at
+                else:
+                    self.srcs[peer] = self.scratch + peer * chunk
+                    rc = self.fetch(peer, at, n, <char *>self.srcs[peer], fault)
+                    if rc != OK:
+                        return rc
+            rc = self.reduce_range(call, n, into + (at - start), fault)
+            if rc != OK:
+                return rc
+            at += n
+        for t in range(turns):
+            at = t * self.piece_bytes
+            if self.is_staged(self.rank):
+                copy_out(self.stage_in(self.rank, t), data + at, smaller(self.piece_bytes, nbytes - at))
+            self.step()
+            rc = self.wait_phase_of_all(base + t + 1, deadline, fault)
+            if rc != OK:
+                return rc
+            end = smaller(at + self.piece_bytes, stop)
+            n = at if at > start else start
+            if n < end:
+                for peer in range(self.size):
+                    if peer == self.rank:
+                        self.srcs[peer] = <void *>(data + n)
+                    elif self.is_staged(peer):
+                        self.srcs[peer] = self.stage_in(peer, t) + (n - at)
+                    else:
+                        self.srcs[peer] = self.bases[peer] + self.said(peer).address + n
+                rc = self.reduce_range(call, end - n, into + (n - start), fault)
+                if rc != OK:
+                    return rc
+        return self.finish(deadline, fault)

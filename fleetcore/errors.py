@@ -104,3 +104,7 @@ class Verb(IntEnum):
     BROADCAST = 2
     REDUCE_SCATTER = 3
     ALL_GATHER = 4
+    REDUCE = 5
+    GATHER = 6
+    SCATTER = 7
+    ALL_TO_ALL = 8

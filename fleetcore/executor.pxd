@@ -30,7 +30,7 @@ cdef struct Frame:             # before every chunk
     uint32_t group
     uint64_t sequence
     Call call
-    uint64_t start             # bytes from the beginning of the array
+    uint64_t start             # bytes from the beginning of the row
     uint32_t length
     uint32_t payload_crc
     uint64_t unused
@@ -52,8 +52,9 @@ cdef struct Lane:              # one peer during one run
     int tx_full, rx_dry        # the socket would block
     size_t tx_at, tx_sent      # chunk start; bytes of header + chunk that are out
     size_t tx_length
+    int64_t tx_began, rx_began # when the chunk in hand began to move; only while chunks are recorded
     Frame tx_frame
-    size_t rx_at, rx_length, rx_got
+    size_t rx_at, rx_start, rx_length, rx_got          # chunk start, row start; bytes of header + chunk that are in
     int rx_first               # no frame of this operation seen yet
     int rx_checked             # the current frame's header has been checked
     Frame rx_frame, rx_ahead
@@ -64,6 +65,12 @@ cdef struct Lane:              # one peer during one run
     Notice notice
     size_t notice_got
 
+cdef struct Event:             # a chunk that has gone out, come in, or been reduced
+    int64_t began, ended       # ns, as now_ns()
+    int kind, peer             # KIND_SEND, KIND_COPY (received) or KIND_FOLD (peer: -1)
+    size_t start, stop         # bytes of the array
+    uint64_t sequence
+
 cdef class Program:
     cdef Step *steps
     cdef Fold *folds
@@ -73,6 +80,7 @@ cdef class Program:
     cdef int *first_tx
     cdef int *first_rx
     cdef readonly size_t itemsize
+    cdef readonly size_t writes_start, writes_stop     # the bytes of the array that a run may change
     cdef readonly str algorithm
 
 cdef class Executor:
@@ -87,20 +95,24 @@ cdef class Executor:
     cdef readonly list links, controls
     cdef bint condemned        # all peers know that this group is over
     cdef Fault verdict         # on an operation later than the one in hand; status OK: none
+    cdef Event *events         # the newest max_events chunks; NULL: not recorded
+    cdef size_t max_events, num_events
+    cdef uint64_t sequence
     cdef volatile int aborted  # set by another thread to end a run within a nap
 
-    cdef int run(self, Program program, const Call *call, char *data, uint64_t sequence, int64_t deadline, Fault *fault) noexcept nogil
+    cdef int run(self, Program program, const Call *call, const char *source, char *target, uint64_t sequence, int64_t deadline, Fault *fault) noexcept nogil
     cdef void condemn(self, const Fault *fault) noexcept nogil
     cdef void leave(self, uint64_t sequence) noexcept nogil
     cdef int poll_controls(self, uint64_t sequence, Fault *fault) noexcept nogil
 
+    cdef void note(self, int kind, int peer, int64_t began, size_t start, size_t stop) noexcept nogil
     cdef int blame(self, Fault *fault, int status, int rank, int error) noexcept nogil
     cdef int notify(self, int peer, int kind, uint64_t sequence, const Fault *fault) noexcept nogil
     cdef int read_notice(self, Lane *lane, uint64_t sequence, Fault *fault) noexcept nogil
-    cdef int push(self, Program program, Lane *lane, const Call *call, char *data, uint64_t sequence, Fault *fault) noexcept nogil
-    cdef int pull(self, Program program, Lane *lane, const Call *call, char *data, uint64_t sequence, Fault *fault) noexcept nogil
+    cdef int push(self, Program program, Lane *lane, const Call *call, const char *source, const char *target, uint64_t sequence, Fault *fault) noexcept nogil
+    cdef int pull(self, Program program, Lane *lane, const Call *call, const char *source, char *target, uint64_t sequence, Fault *fault) noexcept nogil
     cdef int check_frame(self, Lane *lane, const Call *call, uint64_t sequence, Fault *fault) noexcept nogil
-    cdef int fold(self, Program program, int number, const Call *call, char *data, Fault *fault) noexcept nogil
+    cdef int fold(self, Program program, int number, const Call *call, const char *source, char *target, Fault *fault) noexcept nogil
     cdef int awaited(self, Program program) noexcept nogil
     cdef size_t chunk_end(self, const Step *step, size_t at) noexcept nogil
     cdef bint may_push(self, Program program, Lane *lane) noexcept nogil

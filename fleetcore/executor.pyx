@@ -1,8 +1,8 @@
 """C3: the only loop that moves bytes between hosts.
 
 One thread drives both directions of all links: it sends every chunk whose bytes are ready, takes what has arrived,
-reduces a chunk while the next one is on the wire, and sleeps in poll() when nothing moves. Chunks lie on a fixed grid
-of the array, so that a row may start on a chunk as soon as the row it depends on has finished that chunk.
+reduces a chunk while the next one is on the wire, and sleeps in poll() when nothing moves. A row is cut into chunks
+from its own start, so that it may begin a chunk as soon as the row it depends on has got that far.
 """
 from libc.stdint cimport uint32_t, uint64_t
 from fleetcore.check cimport adopt, interrupted
@@ -44,6 +44,9 @@ cdef class Program:
                 groups.setdefault(rows[i].fold, []).append(i)
         numbers = {fold: k for k, fold in enumerate(groups)}
         self.num_steps, self.num_folds = len(kept), len(groups)
+        written = [rows[i] for i in kept if rows[i].kind != KIND_SEND]
+        self.writes_start = min((row.start for row in written), default=0) * itemsize
+        self.writes_stop = max((row.stop for row in written), default=0) * itemsize
         self.num_members = sum(map(len, groups.values()))
         self.steps = <Step *>calloc(max(1, self.num_steps), sizeof(Step))
         self.folds = <Fold *>calloc(max(1, self.num_folds), sizeof(Fold))
@@ -135,6 +138,37 @@ cdef class Executor:
         free(self.fds)
         free(self.srcs)
         free(self.rooms)
+        free(self.events)
+
+    # ---- what happened when -------------------------------------------------------------------------------------
+
+    def record(self, size_t capacity):
+        """Remember when the newest `capacity` chunks went out, came in and were reduced; 0 stops it."""
+        free(self.events)
+        self.events, self.max_events, self.num_events = NULL, 0, 0
+        if capacity:
+            self.events = <Event *>calloc(capacity, sizeof(Event))
+            if self.events == NULL:
+                raise MemoryError()
+            self.max_events = capacity
+
+    def recorded(self):
+        """[(what, peer, start, stop, began, ended, sequence)], oldest first: what is "send", "receive" or "fold" (peer
+        None); start and stop are bytes of the array, began and ended seconds of time.monotonic()."""
+        cdef size_t i, first = self.num_events - self.max_events if self.num_events > self.max_events else 0
+        cdef Event *event
+        found = []
+        for i in range(first, self.num_events):
+            event = &self.events[i % self.max_events]
+            found.append((("send", "receive", "fold")[event.kind], None if event.peer < 0 else event.peer, event.start,
+                          event.stop, event.began / 1e9, event.ended / 1e9, event.sequence))
+        return found
+
+    cdef void note(self, int kind, int peer, int64_t began, size_t start, size_t stop) noexcept nogil:
+        cdef Event *event = &self.events[self.num_events % self.max_events]
+        event.kind, event.peer, event.start, event.stop = kind, peer, start, stop
+        event.began, event.ended, event.sequence = began, now_ns(), self.sequence
+        self.num_events += 1
 
     # ---- verdicts -----------------------------------------------------------------------------------------------
 
@@ -241,15 +275,19 @@ cdef class Executor:
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 
-    cdef int run(self, Program program, const Call *call, char *data, uint64_t sequence, int64_t deadline,
-                 Fault *fault) noexcept nogil:
-        """Carry out the program on data. Returns OK, or a Status with the fault filled in and all peers told."""
+    cdef int run(self, Program program, const Call *call, const char *source, char *target, uint64_t sequence,
+                 int64_t deadline, Fault *fault) noexcept nogil:
+        """Carry out the program from source to target: where element 0 of the whole array lies or would lie.
+
+        Returns OK, or a Status with the fault filled in and all peers told.
+        """
         cdef int peer, i, rc, busy
         cdef bint moved
         cdef int64_t now, looked = now_ns()
         cdef Lane *lane
         memset(fault, 0, sizeof(Fault))
         fault.call, fault.sequence, fault.rank, fault.reporter = call[0], sequence, -1, -1
+        self.sequence = sequence
         if self.verdict.status != OK:
             return adopt(fault, &self.verdict, self.rank)
         for i in range(program.num_steps):
@@ -268,7 +306,7 @@ cdef class Executor:
             if lane.tx >= 0:
                 lane.tx_at = program.steps[lane.tx].start
             if lane.rx >= 0:
-                lane.rx_at = program.steps[lane.rx].start
+                lane.rx_at = lane.rx_start = program.steps[lane.rx].start
             if lane.left and lane.last < sequence:
                 return self.blame(fault, ST_LEFT, peer, 0)
         while True:
@@ -279,14 +317,14 @@ cdef class Executor:
                 if lane.tx >= 0:
                     busy += 1
                     if not lane.tx_full and self.may_push(program, lane):
-                        rc = self.push(program, lane, call, data, sequence, fault)
+                        rc = self.push(program, lane, call, source, target, sequence, fault)
                         if rc < 0:
                             return rc
                         moved = moved or rc > 0
                 if lane.rx >= 0:
                     busy += 1
                     if not lane.rx_dry and self.may_pull(program, lane):
-                        rc = self.pull(program, lane, call, data, sequence, fault)
+                        rc = self.pull(program, lane, call, source, target, sequence, fault)
                         if rc < 0:
                             return rc
                         moved = moved or rc > 0
@@ -363,7 +401,7 @@ cdef class Executor:
         return OK
 
     cdef size_t chunk_end(self, const Step *step, size_t at) noexcept nogil:
-        cdef size_t end = (at // self.chunk_bytes + 1) * self.chunk_bytes
+        cdef size_t end = step.start + ((at - step.start) // self.chunk_bytes + 1) * self.chunk_bytes
         return end if end < step.stop else step.stop
 
     cdef bint may_push(self, Program program, Lane *lane) noexcept nogil:
@@ -380,20 +418,23 @@ cdef class Executor:
             return False
         return step.after < 0 or finished(program, step.after) >= self.chunk_end(step, lane.rx_at)
 
-    cdef int push(self, Program program, Lane *lane, const Call *call, char *data, uint64_t sequence,
-                  Fault *fault) noexcept nogil:
+    cdef int push(self, Program program, Lane *lane, const Call *call, const char *source, const char *target,
+                  uint64_t sequence, Fault *fault) noexcept nogil:
         """Send what the kernel takes of the current chunk: 1 when bytes moved, 0 when not, or a Status."""
         cdef Step *step = &program.steps[lane.tx]
+        cdef const char *data = source if step.after < 0 else target
         cdef Frame *frame = &lane.tx_frame
         cdef iovec parts[2]
         cdef int num = 0
         cdef Py_ssize_t n
         cdef size_t wanted, skip
         if lane.tx_sent == 0:
+            if self.events != NULL:
+                lane.tx_began = now_ns()
             lane.tx_length = self.chunk_end(step, lane.tx_at) - lane.tx_at
             memset(frame, 0, sizeof(Frame))
             frame.magic, frame.epoch, frame.group, frame.sequence = FRAME_MAGIC, self.epoch, self.group, sequence
-            frame.call, frame.start, frame.length = call[0], lane.tx_at, <uint32_t>lane.tx_length
+            frame.call, frame.start, frame.length = call[0], lane.tx_at - step.start, <uint32_t>lane.tx_length
             frame.payload_crc = crc32c(0, data + lane.tx_at, lane.tx_length)
             frame.header_crc = crc32c(0, frame, FRAME_BYTES)
         if lane.tx_sent < FRAME_BYTES:
@@ -401,7 +442,7 @@ cdef class Executor:
             parts[0].iov_len = FRAME_BYTES - lane.tx_sent
             num = 1
         skip = lane.tx_sent - FRAME_BYTES if lane.tx_sent > FRAME_BYTES else 0
-        parts[num].iov_base = data + lane.tx_at + skip
+        parts[num].iov_base = <char *>data + lane.tx_at + skip
         parts[num].iov_len = lane.tx_length - skip
         wanted = FRAME_BYTES + lane.tx_length - lane.tx_sent
         n = lane.wire.send_some(lane.wire, parts, num + 1)
@@ -414,6 +455,8 @@ cdef class Executor:
         fault.done_bytes += n
         if lane.tx_sent == FRAME_BYTES + lane.tx_length:
             lane.tx_sent = 0
+            if self.events != NULL:
+                self.note(KIND_SEND, lane.wire.rank, lane.tx_began, lane.tx_at, lane.tx_at + lane.tx_length)
             lane.tx_at += lane.tx_length
             step.done = lane.tx_at
             if lane.tx_at == step.stop:
@@ -422,8 +465,8 @@ cdef class Executor:
                     lane.tx_at = program.steps[lane.tx].start
         return 1
 
-    cdef int pull(self, Program program, Lane *lane, const Call *call, char *data, uint64_t sequence,
-                  Fault *fault) noexcept nogil:
+    cdef int pull(self, Program program, Lane *lane, const Call *call, const char *source, char *target,
+                  uint64_t sequence, Fault *fault) noexcept nogil:
         """Take what has arrived of the current chunk: 1 when bytes moved, 0 when not, or a Status.
 
         One system call asks for the rest of the header, the payload where it belongs, and the next header. The first
@@ -432,7 +475,7 @@ cdef class Executor:
         cdef Step *step = &program.steps[lane.rx]
         cdef size_t end = self.chunk_end(step, lane.rx_at), wanted = 0, skip, part
         cdef bint more = end < step.stop or step.next >= 0
-        cdef char *into = data + lane.rx_at
+        cdef char *into = target + lane.rx_at
         cdef iovec parts[3]
         cdef int num = 0, rc
         cdef Py_ssize_t n
@@ -462,6 +505,8 @@ cdef class Executor:
         lane.rx_dry = <size_t>n < wanted
         if n == 0:
             return 0
+        if lane.rx_got == 0 and self.events != NULL:
+            lane.rx_began = now_ns()
         part = FRAME_BYTES + lane.rx_length - lane.rx_got
         if <size_t>n < part:
             part = n
@@ -476,6 +521,9 @@ cdef class Executor:
             return 1
         if crc32c(0, into, lane.rx_length) != lane.rx_frame.payload_crc:
             return self.blame(fault, ST_CORRUPT, lane.wire.rank, 0)
+        if self.events != NULL:
+            self.note(KIND_COPY, lane.wire.rank, lane.rx_began, lane.rx_at, end)
+            lane.rx_began = now_ns()
         step.done = end
         lane.rx_at = end
         lane.rx_frame, lane.rx_got = lane.rx_ahead, lane.rx_ahead_got
@@ -483,13 +531,13 @@ cdef class Executor:
         if end == step.stop:
             lane.rx = step.next
             if lane.rx >= 0:
-                lane.rx_at = program.steps[lane.rx].start
+                lane.rx_at = lane.rx_start = program.steps[lane.rx].start
         if step.kind == KIND_FOLD:
             if lane.held == 0:
                 lane.oldest = lane.rx_room
             lane.held += 1
             lane.rx_room = -1
-            rc = self.fold(program, step.fold, call, data, fault)
+            rc = self.fold(program, step.fold, call, source, target, fault)
             if rc != OK:
                 return rc
         if lane.rx_got == FRAME_BYTES:             # the next header came along
@@ -511,38 +559,44 @@ cdef class Executor:
             fault.theirs = frame.call
             return self.blame(fault, ST_OUT_OF_STEP, lane.wire.rank, 0)
         if (frame.epoch != self.epoch or frame.group != self.group or frame.sequence != sequence
-                or frame.start != lane.rx_at or frame.length != lane.rx_length):
+                or frame.start != lane.rx_at - lane.rx_start or frame.length != lane.rx_length):
             return self.blame(fault, ST_CORRUPT, lane.wire.rank, 0)
         return OK
 
-    cdef int fold(self, Program program, int number, const Call *call, char *data, Fault *fault) noexcept nogil:
+    cdef int fold(self, Program program, int number, const Call *call, const char *source, char *target,
+                  Fault *fault) noexcept nogil:
         """Reduce every chunk of this fold that has arrived from all its peers, with the own data, in rank order."""
         cdef Fold *f = &program.folds[number]
-        cdef Step *step
+        cdef const char *own = source if program.steps[program.members[f.first]].after < 0 else target
         cdef Lane *lane
         cdef size_t end
         cdef void *dst
         cdef int i, k, rc
+        cdef int64_t began = 0
         while f.done < f.stop:
             end = self.chunk_end(&program.steps[program.members[f.first]], f.done)
             for i in range(f.num):
                 if program.steps[program.members[f.first + i]].done < end:
                     return OK
+            if self.events != NULL:
+                began = now_ns()
             k = 0
             for i in range(f.num + 1):
                 if i == program.fold_rank[number]:
-                    self.srcs[i] = data + f.done
+                    self.srcs[i] = <void *>(own + f.done)
                     continue
                 lane = &self.lanes[program.steps[program.members[f.first + k]].peer]
                 self.srcs[i] = lane.rooms + lane.oldest * self.chunk_bytes
                 lane.held -= 1
                 lane.oldest = 1 - lane.oldest
                 k += 1
-            dst = data + f.done
+            dst = target + f.done
             rc = reduce_many(call.dtype, call.op, &dst, 1, <const void **>self.srcs, f.num + 1,
                              (end - f.done) // program.itemsize,
                              self.size if f.final and call.op == OP_MEAN else 1)
             if rc != OK:
                 return self.blame(fault, rc, self.rank, 0)
+            if self.events != NULL:
+                self.note(KIND_FOLD, -1, began, f.done, end)
             f.done = end
         return OK

@@ -1,27 +1,35 @@
 """C4: the verbs of one group: check, pin, find the program, cross the GIL once, raise in one place."""
+import os
 from _thread import allocate_lock
 from collections import OrderedDict
+from zlib import crc32
 
-from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from fleetcore.arena cimport Pin
 from fleetcore.check cimport check
-from fleetcore.domain cimport Domain
+from fleetcore.domain cimport Domain, Want
 from fleetcore.executor cimport Executor, Program
 from fleetcore.kernels.cast cimport cast
 from fleetcore.kernels.reduce cimport supports
-from fleetcore.posix cimport free, getpid, malloc, memset, now_ns
+from fleetcore.posix cimport calloc, free, malloc, memcpy, memset, now_ns
 from fleetcore.status cimport (
-    DT_BF16, DT_F16, DT_F32, DT_U8, NUM_OPS, OK, OP_MAX, OP_MEAN, OP_SUM, ST_LEFT, VERB_ALL_REDUCE, VERB_BARRIER, VERB_BROADCAST, Call, Fault, item_bytes,
+    DT_BF16, DT_F16, DT_F32, DT_U8, NUM_OPS, NUM_VERBS, OK, OP_MAX, OP_MEAN, OP_SUM, ST_LEFT, VERB_ALL_GATHER, VERB_ALL_REDUCE,
+    VERB_ALL_TO_ALL, VERB_BARRIER, VERB_BROADCAST, VERB_GATHER, VERB_REDUCE, VERB_REDUCE_SCATTER, VERB_SCATTER, Call, Fault,
+    item_bytes,
 )
 
 from fleetcore.check import Context
-from fleetcore.errors import ConfigError, DType, DTypeError, FleetError, PeerLost, ReduceOp, ShapeError
+from fleetcore.errors import ConfigError, DType, DTypeError, FleetError, PeerLost, ReduceOp, ShapeError, Verb
 from fleetcore.schedules import SCHEDULES
+from fleetcore.schedules.base import cut
 
+cdef int forks = 0                 # how many forks this process descends from since the import; cheaper than getpid()
 cdef int MAX_PROGRAMS = 256        # cached schedules; a training loop repeats a few dozen shapes
 cdef int DIRECT_RANKS = 8          # up to here every rank talks to every other one; beyond, the ring
-NUM_VERBS = 5
-ALGORITHMS = ("auto", *SCHEDULES["all_reduce"])
+cdef tuple VERBS = tuple(verb.name.lower() for verb in Verb)
+ALGORITHMS = ("auto", *dict.fromkeys(name for kinds in SCHEDULES.values() for name in kinds))
+# Here a rank folds partial sums of others, so that half-width floats would be rounded at every hop.
+cdef tuple FOLDS_PARTIAL_SUMS = ("ring", "tree", "halving")
 
 
 def load(target):
@@ -30,11 +38,30 @@ def load(target):
     return getattr(__import__(module, fromlist=[name]), name)
 
 
+def _forked():
+    global forks
+    forks += 1
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+cdef struct Job:                   # where a call's arrays lie, as offsets (in elements) of the whole array
+    char *source                   # element source_at of the whole input; NULL: this rank has none
+    size_t source_at, source_count
+    char *target                   # element target_at of the whole output; this rank's part ends at target_stop
+    size_t target_at, target_stop
+    const char *own_from           # what this rank gives to itself
+    char *own_to
+    size_t own_bytes
+    size_t longest                 # elements of the longest input
+
+
 cdef class Group:
     """Ranks with established links, for one epoch. Dead after its first failure: every later call raises the same.
 
-    Every rank calls the same verbs in the same order. Calls from several threads are serialised. `data` is a Pin or
-    anything that Pin takes; it is changed in place.
+    Every rank calls the same verbs in the same order. Calls from several threads are serialised. Arrays are Pins or
+    anything that Pin takes. `counts` are elements per rank, the same list on all ranks; parts lie in rank order.
 
     Args:    domain: the Domain when all ranks share this host; else `executor`: the Executor over their links.
              epoch: the view's number.  timeout: default deadline of a call, seconds.
@@ -46,27 +73,42 @@ cdef class Group:
     cdef readonly Domain domain
     cdef readonly Executor executor
     cdef public object failure         # what ended this group, or None
-    cdef object lock, context, programs
-    cdef int pid
+    cdef object turn, context, programs    # turn: released to the next thread by the one before it
+    cdef int born                      # `forks` when it was made
+    cdef Py_ssize_t users              # threads in a call or waiting for their turn
     cdef uint64_t sequence
-    cdef uint64_t calls[5]
-    cdef uint64_t call_bytes[5]
-    cdef uint64_t call_ns[5]
+    cdef uint64_t[9] calls             # per verb
+    cdef uint64_t[9] call_bytes
+    cdef uint64_t[9] call_ns
     cdef dict chosen
+    cdef Want *wants
+    cdef char *scratch
+    cdef size_t scratch_bytes
+    cdef object profile                # None, or a list of what each call was and when
+
+    def __cinit__(self, int rank, int size, **kwargs):
+        self.wants = <Want *>calloc(max(1, size), sizeof(Want))
+        if self.wants == NULL:
+            raise MemoryError()
 
     def __init__(self, int rank, int size, *, Domain domain=None, Executor executor=None, int epoch=0,
-                 double timeout=300.0, dict places=None):
+                 double timeout=300.0, list hosts=None, dict places=None):
         if not 0 <= rank < size:
             raise ConfigError(f"rank {rank} is not in a group of {size}")
-        if size > 1 and (domain is None) == (executor is None):
-            raise ConfigError("a group of several ranks needs a domain or an executor, not both")
+        if size > 1 and domain is None and executor is None:
+            raise ConfigError("a group of several ranks needs a domain or an executor")
         self.rank, self.size, self.domain, self.executor = rank, size, domain, executor
         self.epoch, self.timeout = epoch, timeout
-        self.lock = allocate_lock()
+        self.turn = allocate_lock()
+        self.turn.acquire()
         self.context = Context(rank, size, epoch, places)
         self.programs = OrderedDict()
         self.chosen = {}
-        self.pid = getpid()
+        self.born = forks
+
+    def __dealloc__(self):
+        free(self.wants)
+        free(self.scratch)
 
     # ---- verbs --------------------------------------------------------------------------------------------------
 
@@ -74,24 +116,39 @@ cdef class Group:
         """Replace data by its reduction over all ranks; the same bits everywhere.
 
         Args:    data: (n,) of any DType, contiguous, writable.  op: a ReduceOp.  timeout: seconds.
-                 algorithm: over links "ring", "direct", "tree" or "auto"; float16 and bfloat16 travel as float32 on
-                 "ring" and "tree", so that they are rounded once. Within a host there is only one way.
+                 algorithm: one of ALGORITHMS that offers all_reduce. Where partial sums travel, float16 and bfloat16
+                 travel as float32, so that they are rounded once. Within a host there is only one way.
         Raises:  DTypeError, ConfigError before anything is sent; PeerLost, Timeout, OutOfStep, CorruptData.
         """
         cdef Pin pin = data if type(data) is Pin else Pin(data)
         cdef Call call
-        if not 0 <= op < NUM_OPS:
-            raise ConfigError(f"unknown reduction {op}")
-        if not supports(pin.dtype, op) or (pin.parts == 2 and op != OP_SUM and op != OP_MEAN):
-            kind = "complex" if pin.parts == 2 else DType(pin.dtype).name.lower()
-            raise DTypeError(f"{ReduceOp(op).name.lower()} is not defined for {kind} arrays")
-        if algorithm not in ALGORITHMS:
-            raise ConfigError(f"unknown algorithm {algorithm!r}: one of {', '.join(ALGORITHMS)}")
-        memset(&call, 0, sizeof(call))
-        call.verb, call.dtype, call.op, call.count = VERB_ALL_REDUCE, pin.dtype, op, pin.count
-        return self.perform(&call, pin, algorithm, timeout)
+        cdef Job job
+        self.demand_op(pin, op)
+        prepare(&call, &job, VERB_ALL_REDUCE, pin)
+        call.op = op
+        if self.executor is None and algorithm == "auto":
+            return self.reduce_in_memory(&call, pin.ptr, timeout)
+        job.target = job.source = pin.ptr
+        job.target_stop = pin.count
+        return self.perform(&call, &job, None, algorithm, timeout)
 
-    def broadcast(self, data, int src=0, *, timeout=None):
+    def quick_all_reduce(self, data, int op, timeout, /):
+        """As all_reduce; False, with nothing done, when data is not plain writable memory that can be used as it lies."""
+        cdef Pin pin
+        cdef Call call
+        if self.executor is not None:
+            return False
+        try:
+            pin = Pin(data)
+        except (ShapeError, DTypeError):
+            return False
+        self.demand_op(pin, op)
+        memset(&call, 0, sizeof(Call))
+        call.verb, call.op, call.dtype, call.count = VERB_ALL_REDUCE, op, pin.dtype, pin.count
+        self.reduce_in_memory(&call, pin.ptr, timeout)
+        return True
+
+    def broadcast(self, data, int src=0, *, timeout=None, str algorithm="auto"):
         """Replace data by rank src's.
 
         Args:    data: (n,) of any DType, the same n and dtype on all ranks, writable on all but src.
@@ -99,11 +156,149 @@ cdef class Group:
         """
         cdef Pin pin = data if type(data) is Pin else Pin(data, self.rank != src)
         cdef Call call
-        if not 0 <= src < self.size:
-            raise ConfigError(f"src is {src}, but the ranks are 0 to {self.size - 1}")
-        memset(&call, 0, sizeof(call))
-        call.verb, call.dtype, call.root, call.count = VERB_BROADCAST, pin.dtype, src, pin.count
-        return self.perform(&call, pin, "tree", timeout)
+        cdef Job job
+        prepare(&call, &job, VERB_BROADCAST, pin)
+        call.root = self.demand_rank(src, "src")
+        job.source = job.target = pin.ptr
+        job.target_stop = pin.count
+        return self.perform(&call, &job, None, algorithm, timeout)
+
+    def reduce(self, data, int dst=0, int op=OP_SUM, *, timeout=None, str algorithm="auto"):
+        """On rank dst, replace data by its reduction over all ranks.
+
+        Args:    data: (n,) of any DType, writable on dst; the other ranks' is left as it was.
+        Raises:  as all_reduce.
+        """
+        cdef Pin pin = data if type(data) is Pin else Pin(data, self.rank == dst)
+        cdef Call call
+        cdef Job job
+        self.demand_op(pin, op)
+        prepare(&call, &job, VERB_REDUCE, pin)
+        call.op, call.root = op, self.demand_rank(dst, "dst")
+        job.source = pin.ptr
+        if self.rank == dst:
+            job.target, job.target_stop = pin.ptr, pin.count
+        return self.perform(&call, &job, None, algorithm, timeout)
+
+    def reduce_scatter(self, out, data, counts=None, int op=OP_SUM, *, timeout=None, str algorithm="auto"):
+        """Fill out with this rank's part of the reduction of all ranks' data.
+
+        Args:    out: (counts[rank],), may be that part of data.  data: (sum(counts),), left as it was otherwise.
+                 counts: None for equal parts.
+        Raises:  ShapeError; else as all_reduce.
+        """
+        cdef Pin into = out if type(out) is Pin else Pin(out)
+        cdef Pin pin = data if type(data) is Pin else Pin(data, False)
+        cdef Call call
+        cdef Job job
+        bounds = self.bounds_of(counts, into.count, into.parts)
+        self.demand_op(pin, op)
+        self.demand_same(into, pin)
+        self.demand_count(into, bounds[self.rank + 1] - bounds[self.rank], "out")
+        self.demand_count(pin, bounds[self.size], "data")
+        prepare(&call, &job, VERB_REDUCE_SCATTER, pin)
+        call.op, call.root = op, digest(bounds)
+        job.source, job.target = pin.ptr, into.ptr
+        job.target_at, job.target_stop = bounds[self.rank], bounds[self.rank + 1]
+        return self.perform(&call, &job, bounds, algorithm, timeout)
+
+    def all_gather(self, out, data, counts=None, *, timeout=None, str algorithm="auto"):
+        """Fill out with every rank's data.
+
+        Args:    out: (sum(counts),).  data: (counts[rank],), may be its part of out.  counts: None for equal parts.
+        Raises:  ShapeError, DTypeError; PeerLost, Timeout, OutOfStep, CorruptData.
+        """
+        cdef Pin into = out if type(out) is Pin else Pin(out)
+        cdef Pin pin = data if type(data) is Pin else Pin(data, False)
+        cdef Call call
+        cdef Job job
+        bounds = self.bounds_of(counts, pin.count, pin.parts)
+        self.demand_same(into, pin)
+        self.demand_count(into, bounds[self.size], "out")
+        self.demand_count(pin, bounds[self.rank + 1] - bounds[self.rank], "data")
+        prepare(&call, &job, VERB_ALL_GATHER, into)
+        call.root = digest(bounds)
+        job.source, job.source_at, job.source_count = pin.ptr, bounds[self.rank], pin.count
+        job.target, job.target_stop = into.ptr, into.count
+        job.own_from, job.own_to, job.own_bytes = pin.ptr, into.ptr + job.source_at * item_bytes(pin.dtype), pin.nbytes
+        return self.perform(&call, &job, bounds, algorithm, timeout)
+
+    def gather(self, out, data, counts=None, int dst=0, *, timeout=None, str algorithm="auto"):
+        """On rank dst, fill out with every rank's data.
+
+        Args:    out: (sum(counts),) on dst, None elsewhere.  data: (counts[rank],).  counts: None for equal parts.
+        Raises:  ShapeError, DTypeError, ConfigError; PeerLost, Timeout, OutOfStep, CorruptData.
+        """
+        cdef Pin pin = data if type(data) is Pin else Pin(data, False)
+        cdef Pin into
+        cdef Call call
+        cdef Job job
+        self.demand_rank(dst, "dst")
+        bounds = self.bounds_of(counts, pin.count, pin.parts)
+        self.demand_count(pin, bounds[self.rank + 1] - bounds[self.rank], "data")
+        prepare(&call, &job, VERB_GATHER, pin)
+        call.root, call.count = dst, bounds[self.size]
+        job.source, job.source_at, job.source_count = pin.ptr, bounds[self.rank], pin.count
+        if self.rank == dst:
+            into = out if type(out) is Pin else Pin(out)
+            self.demand_same(into, pin)
+            self.demand_count(into, bounds[self.size], "out")
+            job.target, job.target_stop = into.ptr, into.count
+            job.own_from, job.own_to, job.own_bytes = pin.ptr, into.ptr + job.source_at * item_bytes(pin.dtype), pin.nbytes
+        return self.perform(&call, &job, bounds, algorithm, timeout)
+
+    def scatter(self, out, data, counts=None, int src=0, *, timeout=None, str algorithm="auto"):
+        """Fill out with this rank's part of rank src's data.
+
+        Args:    out: (counts[rank],).  data: (sum(counts),) on src, None elsewhere.  counts: None for equal parts.
+        Raises:  ShapeError, DTypeError, ConfigError; PeerLost, Timeout, OutOfStep, CorruptData.
+        """
+        cdef Pin into = out if type(out) is Pin else Pin(out)
+        cdef Pin pin
+        cdef Call call
+        cdef Job job
+        self.demand_rank(src, "src")
+        bounds = self.bounds_of(counts, into.count, into.parts)
+        self.demand_count(into, bounds[self.rank + 1] - bounds[self.rank], "out")
+        prepare(&call, &job, VERB_SCATTER, into)
+        call.root, call.count = src, bounds[self.size]
+        job.target, job.target_at, job.target_stop = into.ptr, bounds[self.rank], bounds[self.rank + 1]
+        job.source_count = 0
+        if self.rank == src:
+            pin = data if type(data) is Pin else Pin(data, False)
+            self.demand_same(into, pin)
+            self.demand_count(pin, bounds[self.size], "data")
+            job.source, job.source_count = pin.ptr, pin.count
+            job.own_from, job.own_to, job.own_bytes = pin.ptr + job.target_at * item_bytes(pin.dtype), into.ptr, into.nbytes
+        return self.perform(&call, &job, bounds, algorithm, timeout)
+
+    def all_to_all(self, out, data, counts, *, timeout=None, str algorithm="auto"):
+        """Send part j of data to rank j, and fill out with what came, in rank order.
+
+        Args:    counts: counts[i][j] elements go from rank i to rank j; the same table on all ranks.
+                 out: (sum of column rank,).  data: (sum of row rank,).
+        Raises:  ShapeError, DTypeError; PeerLost, Timeout, OutOfStep, CorruptData.
+        """
+        cdef Pin into = out if type(out) is Pin else Pin(out)
+        cdef Pin pin = data if type(data) is Pin else Pin(data, False)
+        cdef Call call
+        cdef Job job
+        cdef int me = self.rank
+        cdef size_t itemsize = item_bytes(pin.dtype)
+        self.demand_same(into, pin)
+        if len(counts) != self.size:
+            raise ShapeError(f"counts has {len(counts)} rows for {self.size} ranks")
+        table = tuple(self.bounds_of(row, 0, pin.parts) for row in counts)
+        columns = self.bounds_of([row[me] for row in counts], 0, pin.parts)
+        self.demand_count(pin, table[me][self.size], "data")
+        self.demand_count(into, columns[self.size], "out")
+        prepare(&call, &job, VERB_ALL_TO_ALL, pin)
+        call.count, call.root = sum(row[self.size] for row in table), digest(table)
+        job.source, job.target, job.target_stop = pin.ptr, into.ptr, into.count
+        job.own_from = pin.ptr + <size_t>table[me][me] * itemsize
+        job.own_to = into.ptr + <size_t>columns[me] * itemsize
+        job.own_bytes = (<size_t>columns[me + 1] - <size_t>columns[me]) * itemsize
+        return self.perform(&call, &job, table, algorithm, timeout)
 
     def barrier(self, *, timeout=None):
         """Return once every rank has called it.
@@ -111,91 +306,290 @@ cdef class Group:
         Raises:  PeerLost, Timeout, OutOfStep.
         """
         cdef Call call
+        cdef Job job
         cdef uint8_t token = 0
-        memset(&call, 0, sizeof(call))
-        call.verb, call.dtype, call.op, call.count = VERB_BARRIER, DT_U8, OP_MAX, 1
-        return self.perform(&call, Pin.at(<uintptr_t>&token, 1, DT_U8, None), "tree", timeout)
+        prepare(&call, &job, VERB_BARRIER, Pin.at(<uintptr_t>&token, 1, DT_U8, None))
+        call.op = OP_MAX
+        job.source = job.target = <char *>&token
+        job.target_stop = 1
+        return self.perform(&call, &job, None, "auto", timeout)
 
-    cdef object perform(self, Call *call, Pin pin, str algorithm, timeout):
+    # ---- checks before anything is sent -------------------------------------------------------------------------
+
+    cdef int demand_op(self, Pin pin, int op) except -1:
+        if not 0 <= op < NUM_OPS:
+            raise ConfigError(f"unknown reduction {op}")
+        if not supports(pin.dtype, op) or (pin.parts == 2 and op != OP_SUM and op != OP_MEAN):
+            kind = "complex" if pin.parts == 2 else DType(pin.dtype).name.lower()
+            raise DTypeError(f"{ReduceOp(op).name.lower()} is not defined for {kind} arrays")
+        return 0
+
+    cdef int demand_rank(self, int rank, str role) except -1:
+        if not 0 <= rank < self.size:
+            raise ConfigError(f"{role} is {rank}, but the ranks are 0 to {self.size - 1}")
+        return rank
+
+    cdef int demand_same(self, Pin out, Pin data) except -1:
+        if out.dtype != data.dtype or out.parts != data.parts:
+            raise DTypeError(f"out is {DType(out.dtype).name.lower()}, but data is {DType(data.dtype).name.lower()}")
+        return 0
+
+    cdef int demand_count(self, Pin pin, size_t count, str name) except -1:
+        if pin.count != count:
+            raise ShapeError(f"{name} has {pin.count // pin.parts} elements, not {count // pin.parts}")
+        return 0
+
+    cdef tuple bounds_of(self, counts, size_t equal, int parts):
+        """Where the parts of `counts` elements (of `parts` numbers each) begin and end; None: `equal` numbers each."""
+        bounds, end = [0], 0
+        if counts is None:
+            return tuple(range(0, equal * self.size + 1, equal)) if equal else (0,) * (self.size + 1)
+        if len(counts) != self.size:
+            raise ShapeError(f"counts has {len(counts)} entries for {self.size} ranks")
+        for count in counts:
+            if count < 0:
+                raise ShapeError(f"counts has a negative entry: {count}")
+            end += int(count) * parts
+            bounds.append(end)
+        return tuple(bounds)
+
+    # ---- one call at a time -------------------------------------------------------------------------------------
+
+    cdef int enter(self) except -1:
+        """Wait for this thread's turn. The GIL makes `users` consistent; `turn` is passed from thread to thread."""
+        self.users += 1
+        if self.users > 1:
+            try:
+                self.turn.acquire()
+            except BaseException:                  # Ctrl-C: the turn may have been passed to this thread all the same
+                if self.turn.acquire(False):
+                    self.leave_turn()
+                else:
+                    self.users -= 1
+                raise
+        return 0
+
+    cdef int leave_turn(self) except -1:
+        self.users -= 1
+        if self.users > 0:
+            self.turn.release()
+        return 0
+
+    cdef int64_t deadline(self, timeout, int64_t start) except -1:
+        cdef double seconds = self.timeout if timeout is None else timeout
+        if not seconds > 0:
+            raise ConfigError(f"timeout must be positive, not {timeout}")
+        return start + <int64_t>(seconds * 1e9) if seconds < 1e9 else 1 << 62
+
+    cdef object reduce_in_memory(self, Call *call, char *data, timeout):
+        """all_reduce where there are no links: what perform() does, and nothing else."""
+        cdef Fault fault
+        cdef int rc = OK
+        cdef int64_t start = now_ns(), deadline = self.deadline(timeout, start)
+        self.enter()
+        try:
+            if self.failure is not None or self.born != forks:
+                self.demand_alive()
+            self.sequence += 1
+            if self.domain is not None:
+                with nogil:
+                    rc = self.domain.all_reduce(call, data, deadline, &fault)
+            self.calls[call.verb] += 1
+            self.call_bytes[call.verb] += call.count * item_bytes(call.dtype)
+            self.call_ns[call.verb] += now_ns() - start
+            if self.profile is not None:
+                self.keep(call, start, "shared memory")
+            if rc != OK:
+                self.fail(rc, &fault)
+        finally:
+            self.leave_turn()
+
+    cdef int keep(self, const Call *call, int64_t start, str algorithm) except -1:
+        self.profile.append((VERBS[call.verb], call.count * item_bytes(call.dtype), start / 1e9, now_ns() / 1e9, algorithm))
+        return 0
+
+    # ---- one call -----------------------------------------------------------------------------------------------
+
+    cdef object perform(self, Call *call, Job *job, object bounds, str algorithm, timeout):
         """Carry out a checked call: the one crossing of the GIL, the one place that raises."""
         cdef Program program = None
         cdef Fault fault
-        cdef char *data = pin.ptr
+        cdef char *source = job.source
+        cdef char *target = job.target
         cdef char *wide = NULL
+        cdef char *narrow_target = NULL
         cdef int rc = OK, narrow = call.dtype
-        cdef size_t itemsize = item_bytes(call.dtype)
-        cdef double seconds = self.timeout if timeout is None else timeout
-        cdef int64_t start, deadline
-        if not seconds > 0:
-            raise ConfigError(f"timeout must be positive, not {timeout}")
-        with self.lock:
+        cdef size_t itemsize = item_bytes(call.dtype), first, last, wide_bytes = 0
+        cdef int64_t start = now_ns(), deadline = self.deadline(timeout, start)
+        cdef bint apart = False            # the program writes outside of this rank's part: to scratch
+        if algorithm != "auto" and algorithm not in SCHEDULES["all_reduce" if call.verb == VERB_BARRIER else VERBS[call.verb]]:
+            self.refuse(call.verb, algorithm)
+        self.enter()
+        try:
             self.demand_alive()
+            if self.executor is not None and call.count and self.size > 1:
+                algorithm = self.choose(call, algorithm)
+                call.algorithm = ALGORITHMS.index(algorithm)
+                if (narrow == DT_F16 or narrow == DT_BF16) and algorithm in FOLDS_PARTIAL_SUMS and self.size > 2 \
+                        and (call.verb == VERB_ALL_REDUCE or call.verb == VERB_REDUCE or call.verb == VERB_REDUCE_SCATTER):
+                    wide_bytes = call.count * 4
+                    itemsize, call.dtype = 4, DT_F32
+                program = self.program(call, itemsize, algorithm, bounds)
+                first, last = program.writes_start, program.writes_stop
+                apart = wide_bytes == 0 and first < last and (first < job.target_at * itemsize or last > job.target_stop * itemsize)
+                self.reserve(wide_bytes if wide_bytes else last - first if apart else 0)
+                self.chosen[algorithm] = self.chosen.get(algorithm, 0) + 1
             self.sequence += 1
-            start = now_ns()
-            deadline = start + <int64_t>(seconds * 1e9) if seconds < 1e9 else 1 << 62
-            if self.executor is not None and call.count:
-                if algorithm == "auto":
-                    algorithm = "ring" if self.size == 2 or self.size > DIRECT_RANKS else "direct"
-                if call.verb == VERB_ALL_REDUCE and (narrow == DT_F16 or narrow == DT_BF16) \
-                        and (algorithm == "tree" or algorithm == "ring") and self.size > 2:
-                    wide = <char *>malloc(call.count * 4)
-                    if wide == NULL:
-                        raise MemoryError("no memory for a float32 copy")
-                    data, itemsize, call.dtype = wide, 4, DT_F32
-                program = self.program(call, itemsize, algorithm)
-                self.chosen[program.algorithm] = self.chosen.get(program.algorithm, 0) + 1
+            if self.executor is None and self.domain is not None and call.verb > VERB_BROADCAST:
+                self.fill_wants(call, job, bounds, itemsize)
             with nogil:
-                if self.domain is not None:
-                    if call.verb == VERB_ALL_REDUCE:
-                        rc = self.domain.all_reduce(call, data, deadline, &fault)
-                    elif call.verb == VERB_BROADCAST:
-                        rc = self.domain.broadcast(call, data, deadline, &fault)
-                    else:
-                        rc = self.domain.barrier(call, deadline, &fault)
+                if self.executor is None and self.domain is not None:
+                    rc = self.run_in_domain(call, job, deadline, &fault)
                 elif program is not None:
-                    if wide != NULL:
-                        cast(DT_F32, wide, narrow, pin.ptr, call.count)
-                    rc = self.executor.run(program, call, data, self.sequence, deadline, &fault)
-                    if wide != NULL:
-                        if rc == OK:
-                            cast(narrow, pin.ptr, DT_F32, wide, call.count)
-                        free(wide)
+                    if wide_bytes:
+                        wide = self.scratch
+                        cast(DT_F32, wide, narrow, source, call.count)
+                        source = target = wide
+                    else:
+                        source -= job.source_at * itemsize
+                        target -= job.target_at * itemsize
+                        if apart:
+                            target = self.scratch - first
+                    rc = self.executor.run(program, call, source, target, self.sequence, deadline, &fault)
+                    if rc == OK and wide_bytes and job.target_stop > job.target_at:
+                        cast(narrow, job.target, DT_F32, wide + job.target_at * 4, job.target_stop - job.target_at)
+                    elif rc == OK and apart and job.target_stop > job.target_at:
+                        memcpy(job.target, target + job.target_at * itemsize, (job.target_stop - job.target_at) * itemsize)
+                elif self.size == 1 and call.verb == VERB_REDUCE_SCATTER and job.target != job.source:
+                    memcpy(job.target, job.source, call.count * itemsize)
+                if rc == OK and job.own_bytes and job.own_to != job.own_from:
+                    memcpy(job.own_to, job.own_from, job.own_bytes)
+            call.dtype = narrow
             self.calls[call.verb] += 1
-            self.call_bytes[call.verb] += pin.nbytes
+            self.call_bytes[call.verb] += call.count * item_bytes(narrow)
             self.call_ns[call.verb] += now_ns() - start
-            fault.sequence = self.sequence
-            try:
-                check(rc, &fault, self.context)
-            except BaseException as error:
-                self.failure = error if isinstance(error, FleetError) else PeerLost(
-                    f"this rank was interrupted ({type(error).__name__})", rank=self.rank, epoch=self.epoch)
-                if self.domain is not None:        # a peer that was only slow must not write to us later
-                    try:
-                        self.domain.arenas[self.rank].secede()
-                    except (OSError, MemoryError) as problem:
-                        error.add_note(f"shared memory could not be left ({problem}): a peer that was only slow may "
-                                       f"still write to arrays in it")
-                raise
+            if self.profile is not None:
+                self.keep(call, start, algorithm if program is not None else "shared memory")
+            if rc != OK:
+                self.fail(rc, &fault)
+        finally:
+            self.leave_turn()
+
+    cdef int fail(self, int rc, Fault *fault) except -1:
+        """Raise what the fault says; the group is dead from here on."""
+        fault.sequence = self.sequence
+        try:
+            check(rc, fault, self.context)
+        except BaseException as error:
+            self.failure = error if isinstance(error, FleetError) else PeerLost(
+                f"this rank was interrupted ({type(error).__name__})", rank=self.rank, epoch=self.epoch)
+            if self.domain is not None:            # a peer that was only slow must not write to us later
+                try:
+                    self.domain.arenas[self.rank].secede()
+                except (OSError, MemoryError) as problem:
+                    error.add_note(f"shared memory could not be left ({problem}): a peer that was only slow may "
+                                   f"still write to arrays in it")
+            raise
+        return 0
+
+    cdef int run_in_domain(self, const Call *call, const Job *job, int64_t deadline, Fault *fault) noexcept nogil:
+        cdef size_t itemsize = item_bytes(call.dtype)
+        if call.verb == VERB_ALL_REDUCE:
+            return self.domain.all_reduce(call, job.source, deadline, fault)
+        if call.verb == VERB_BROADCAST:
+            return self.domain.broadcast(call, job.source, deadline, fault)
+        if call.verb == VERB_BARRIER:
+            return self.domain.barrier(call, deadline, fault)
+        if call.verb == VERB_REDUCE:
+            return self.domain.reduce(call, job.source, deadline, fault)
+        if call.verb == VERB_REDUCE_SCATTER:
+            return self.domain.combine(call, job.source, job.target_at * itemsize, job.target_stop * itemsize, job.target,
+                                  deadline, fault)
+        return self.domain.exchange(call, job.source, job.source_count * itemsize, self.wants, job.longest * itemsize,
+                               deadline, fault)
+
+    cdef int fill_wants(self, const Call *call, Job *job, object bounds, size_t itemsize) except -1:
+        """What this rank takes of every other one's input, for the verbs that Domain.exchange carries out."""
+        cdef int peer, me = self.rank, root = <int>call.root
+        cdef Want *want
+        cdef size_t whole, first, at
+        job.longest = 0
+        at = 0
+        for peer in range(self.size):
+            want = &self.wants[peer]
+            want.start = want.stop = 0
+            if call.verb == VERB_ALL_GATHER or call.verb == VERB_GATHER:
+                first = bounds[peer]
+                whole = <size_t>bounds[peer + 1] - first
+                if call.verb == VERB_ALL_GATHER or me == root:
+                    want.stop, want.into = whole * itemsize, job.target + first * itemsize
+            elif call.verb == VERB_SCATTER:
+                whole = call.count if peer == root else 0
+                if peer == root:
+                    want.start, want.stop, want.into = job.target_at * itemsize, job.target_stop * itemsize, job.target
+            elif call.verb == VERB_ALL_TO_ALL:
+                whole = bounds[peer][self.size]
+                want.start, want.stop = <size_t>bounds[peer][me] * itemsize, <size_t>bounds[peer][me + 1] * itemsize
+                want.into = job.target + at
+                at += want.stop - want.start
+            else:
+                return 0
+            want.whole = whole * itemsize
+            if whole > job.longest:
+                job.longest = whole
+        return 0
+
+    cdef int reserve(self, size_t nbytes) except -1:
+        """Have at least nbytes of scratch."""
+        if nbytes > self.scratch_bytes:
+            free(self.scratch)
+            self.scratch, self.scratch_bytes = <char *>malloc(nbytes), nbytes
+            if self.scratch == NULL:
+                self.scratch_bytes = 0
+                raise MemoryError(f"no memory for {nbytes} bytes of partial sums")
+        return 0
+
+    cdef int refuse(self, int verb, str algorithm) except -1:
+        if algorithm not in ALGORITHMS:
+            raise ConfigError(f"unknown algorithm {algorithm!r}: one of {', '.join(ALGORITHMS)}")
+        raise ConfigError(f"{VERBS[verb]} is not offered by {algorithm!r}: one of auto, {', '.join(SCHEDULES[VERBS[verb]])}")
 
     cdef int demand_alive(self) except -1:
         if self.failure is not None:
             again = type(self.failure)(f"the group is dead since an earlier call: {self.failure}",
                                        **{k: v for k, v in vars(self.failure).items() if not k.startswith("_")})
             raise again from self.failure
-        if self.pid != getpid():
+        if self.born != forks:
             raise FleetError("this group belongs to the parent process: call pyfleet.init() in the child instead")
         return 0
 
-    cdef Program program(self, Call *call, size_t itemsize, str algorithm):
+    cdef str choose(self, const Call *call, str algorithm):
+        """The algorithm that "auto" stands for."""
+        if call.verb == VERB_BARRIER:
+            return "tree"
+        if algorithm != "auto":
+            return algorithm
+        if call.verb == VERB_BROADCAST:
+            return "tree"
+        if call.verb == VERB_ALL_REDUCE:
+            return "ring" if self.size == 2 or self.size > DIRECT_RANKS else "direct"
+        return "direct"
+
+    cdef Program program(self, Call *call, size_t itemsize, str algorithm, object bounds):
         """The compiled schedule for this call, from the cache when it was used before."""
-        verb = ("barrier", "all_reduce", "broadcast", "reduce_scatter", "all_gather")[call.verb]
-        key = (verb, algorithm, call.count, itemsize, call.root)
+        cdef Program found
+        root = 0 if call.verb == VERB_REDUCE_SCATTER or call.verb == VERB_ALL_GATHER or call.verb == VERB_ALL_TO_ALL else call.root
+        key = (call.verb, algorithm, call.count, itemsize, root, bounds)
         found = self.programs.get(key)
         if found is None:
-            schedule = load(SCHEDULES["all_reduce" if call.verb == VERB_BARRIER else verb][algorithm])
-            extra = (call.root,) if algorithm == "tree" else ()
-            found = Program(schedule(self.rank, self.size, call.count, *extra), itemsize, self.rank, self.size,
-                            algorithm)
+            verb = "all_reduce" if call.verb == VERB_BARRIER else VERBS[call.verb]
+            schedule = load(SCHEDULES[verb][algorithm])
+            if call.verb == VERB_ALL_TO_ALL:
+                rows = schedule(self.rank, self.size,
+                                [[row[i + 1] - row[i] for i in range(self.size)] for row in bounds])
+            else:
+                rows = schedule(self.rank, self.size, bounds or cut(call.count, self.size), root)
+            found = Program(rows, itemsize, self.rank, self.size, algorithm)
             self.programs[key] = found
             if len(self.programs) > MAX_PROGRAMS:
                 self.programs.popitem(last=False)
@@ -203,14 +597,21 @@ cdef class Group:
             self.programs.move_to_end(key)
         return found
 
+    def record(self, bint on=True):
+        """Begin anew to remember every call, or stop; see recorded()."""
+        self.profile = [] if on else None
+
+    def recorded(self):
+        """[(verb, bytes, began, ended, algorithm)] of the calls since record(): seconds of time.monotonic()."""
+        return list(self.profile or ())
+
     # ---- the rest -----------------------------------------------------------------------------------------------
 
     def stats(self):
         """Since the start: {"operations": {verb: {"calls", "bytes", "seconds"}}, "links": {rank: {...}},
         "shared_memory": {"read_bytes"}, "algorithms": {name: calls}}. Link bytes are counted at the socket."""
-        verbs = ("barrier", "all_reduce", "broadcast", "reduce_scatter", "all_gather")
-        operations = {verbs[i]: {"calls": self.calls[i], "bytes": self.call_bytes[i], "seconds": self.call_ns[i] / 1e9}
-                      for i in range(5) if self.calls[i]}
+        operations = {VERBS[i]: {"calls": self.calls[i], "bytes": self.call_bytes[i], "seconds": self.call_ns[i] / 1e9}
+                      for i in range(<int>NUM_VERBS) if self.calls[i]}
         links = {}
         if self.executor is not None:
             links = {peer: link.stats() for peer, link in enumerate(self.executor.links) if link is not None}
@@ -226,11 +627,11 @@ cdef class Group:
 
         Idempotent.
         """
-        if self.pid != getpid():
+        if self.born != forks:
             return
-        if not self.lock.acquire(False):
+        if self.users > 0:
             self.leave(busy=True)
-            self.lock.acquire()
+        self.enter()
         try:
             if self.failure is None:
                 self.leave(busy=False)
@@ -240,7 +641,7 @@ cdef class Group:
                     if link is not None:
                         link.close()
         finally:
-            self.lock.release()
+            self.leave_turn()
 
     cdef int leave(self, bint busy) except -1:
         cdef Fault fault
@@ -255,3 +656,15 @@ cdef class Group:
             else:
                 self.executor.leave(self.sequence)
         return 0
+
+
+cdef void prepare(Call *call, Job *job, int verb, Pin pin) noexcept:
+    memset(call, 0, sizeof(Call))
+    memset(job, 0, sizeof(Job))
+    call.verb, call.dtype, call.count = verb, pin.dtype, pin.count
+    job.source_count = pin.count
+
+
+cdef uint32_t digest(object bounds) except? 0:
+    """A number that differs between ranks whose counts differ."""
+    return crc32(repr(bounds).encode())

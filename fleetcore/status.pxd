@@ -45,14 +45,19 @@ cdef enum VerbCode:
     VERB_BROADCAST = 2
     VERB_REDUCE_SCATTER = 3
     VERB_ALL_GATHER = 4
+    VERB_REDUCE = 5
+    VERB_GATHER = 6
+    VERB_SCATTER = 7
+    VERB_ALL_TO_ALL = 8
+    NUM_VERBS = 9
 
 
 cdef struct Call:            # what a rank asked for; 16 bytes, compared byte by byte between ranks
     uint8_t verb
     uint8_t dtype
     uint8_t op
-    uint8_t algorithm
-    uint32_t root
+    uint8_t algorithm        # over links: 1 + its place in group.ALGORITHMS; 0: within a host
+    uint32_t root            # of rooted verbs; of the others a digest of the counts
     uint64_t count           # elements
 
 

@@ -11,6 +11,7 @@ from fleetcore.arena import Pin
 from pyfleet.errors import ConfigError, DType, DTypeError, ReduceOp, ShapeError
 
 _TORCH_DTYPES: dict[Any, tuple[int, int]] = {}      # torch dtype -> (DType, elements of it per item), once torch is there
+_strided: Any = None                                # torch.strided, likewise
 _TORCH_NAMES = {"float32": DType.FLOAT32, "float64": DType.FLOAT64, "float16": DType.FLOAT16,
                 "bfloat16": DType.BFLOAT16, "int8": DType.INT8, "int16": DType.INT16, "int32": DType.INT32,
                 "int64": DType.INT64, "uint8": DType.UINT8, "bool": DType.BOOL}
@@ -22,6 +23,8 @@ def reduce_op(op: Any) -> int:
 
     Raises:  ConfigError for anything else.
     """
+    if type(op) is ReduceOp:
+        return op
     if isinstance(op, int) and 0 <= op < len(ReduceOp):
         return int(op)
     code = _OPS.get(str(op).rpartition(".")[2].lower())
@@ -38,8 +41,10 @@ def is_tensor(x: Any) -> bool:
 
 def torch_dtype_code(dtype: Any) -> tuple[int, int] | None:
     """(DType code, elements per item) of a torch dtype; None when it is not offered."""
+    global _strided
     if not _TORCH_DTYPES:
         import torch
+        _strided = torch.strided
         _TORCH_DTYPES.update({getattr(torch, name): (int(code), 1) for name, code in _TORCH_NAMES.items()})
         _TORCH_DTYPES[torch.complex64] = (int(DType.FLOAT32), 2)
         _TORCH_DTYPES[torch.complex128] = (int(DType.FLOAT64), 2)
@@ -75,14 +80,15 @@ def _hold_array(x, writable):
 
 
 def _hold_tensor(x):
-    import torch
-
-    known = torch_dtype_code(x.dtype)
+    known = _TORCH_DTYPES.get(x.dtype) or torch_dtype_code(x.dtype)
     if known is None:
         raise DTypeError(f"tensors of {x.dtype} are not offered")
+    code, parts = known
+    if parts == 1 and x.is_cpu and x.layout is _strided and x.is_contiguous() and not x.is_neg():        # the usual case, where microseconds count
+        return Pin.at(x.data_ptr(), x.numel(), code, x, 1), None
+    import torch
     if x.layout is not torch.strided or x.is_meta:
         raise ShapeError(f"a {'meta' if x.is_meta else x.layout} tensor has no dense memory: pass x.to_dense()")
-    code, parts = known
     plain = x.device.type == "cpu" and x.is_contiguous() and not x.is_conj() and not x.is_neg()
     data = x.detach()
     copy = data if plain else data.resolve_conj().resolve_neg().to("cpu", copy=True,
@@ -151,3 +157,61 @@ def check_shape(shape: Any) -> int:
     for n in sizes:
         count *= n
     return count
+
+
+def kind(x: Any) -> str:
+    """"torch" or "numpy": what an array like x is.
+
+    Raises:  DTypeError for what is no array.
+    """
+    if is_tensor(x):
+        return "torch"
+    if isinstance(x, np.ndarray):
+        return "numpy"
+    raise DTypeError(f"cannot communicate a {type(x).__name__}: pass a numpy array or a torch tensor")
+
+
+def describe(x: Any) -> dict:
+    """What another rank must know to make an array like x; JSON-like.
+
+    Raises:  DTypeError for what is no array, or of a dtype that is not offered.
+    """
+    return {"kind": kind(x), "dtype": dtype_name(x.dtype), "shape": list(x.shape)}
+
+
+def blank(note: dict, like: Any = None) -> Any:
+    """A new array as `describe` said; its contents are unspecified.
+
+    Args:    like: an array whose kind and device it gets; None for the note's kind, on the CPU.
+    Raises:  DTypeError, ShapeError for a note that makes no sense.
+    """
+    name, shape = dtype_name(note["dtype"]), tuple(note["shape"])
+    check_shape(shape)
+    if (kind(like) if like is not None else note["kind"]) == "numpy" and name != "bfloat16":
+        return np.empty(shape, name)
+    import torch
+    return torch.empty(shape, dtype=getattr(torch, name), device=like.device if is_tensor(like) else "cpu")
+
+
+def join(parts: list) -> Any:
+    """The elements of the arrays one after the other, as one flat array.
+
+    Raises:  DTypeError when they differ in kind or dtype.
+    """
+    if len({(kind(part), str(part.dtype)) for part in parts}) > 1:
+        raise DTypeError(f"the parts differ in dtype: {', '.join(sorted({str(part.dtype) for part in parts}))}")
+    if kind(parts[0]) == "numpy":
+        return parts[0].reshape(-1) if len(parts) == 1 else np.concatenate([part.reshape(-1) for part in parts])
+    import torch
+    flat = [part.detach().reshape(-1) for part in parts]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def split(flat: Any, shapes: list) -> list:
+    """Views of a flat array with these shapes, one after the other."""
+    parts, start = [], 0
+    for shape in shapes:
+        count = int(np.prod(shape, dtype=np.int64))
+        parts.append(flat[start:start + count].reshape(tuple(shape)))
+        start += count
+    return parts

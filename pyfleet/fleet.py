@@ -7,8 +7,6 @@ import threading
 import warnings
 from typing import Any
 
-from fleetcore.group import Group
-
 from pyfleet import engines
 from pyfleet.config import ClusterConfig, load_config
 from pyfleet.engines.fleet import FleetEngine
@@ -16,7 +14,7 @@ from pyfleet.errors import ConfigError, NotInitialized
 from pyfleet.members import Member
 from pyfleet.placement import Placement, placement
 from pyfleet.rendezvous import open_store
-from pyfleet.wiring import Deadline, make_arena, meet, open_domain, open_links
+from pyfleet.wiring import Deadline, Exchange, connect, make_arena, meet
 
 _lock = threading.Lock()
 _fleet: Fleet | None = None
@@ -83,31 +81,22 @@ def open_engine(place: Placement, cluster: ClusterConfig, timeout: float | None 
     deadline = Deadline(cluster.peer_timeout if timeout is None else timeout)
     arena = make_arena(cluster)
     if place.world_size == 1:
-        member = Member(place.rank, "", "localhost", os.getpid())
-        return FleetEngine(Group(0, 1, timeout=cluster.timeout), arena), [member]
+        member = Member(0, "", "localhost", os.getpid())
+        return FleetEngine(connect([member], 0, arena, cluster, deadline, lambda card: [card])), [member]
     if place.rendezvous is None:
         raise ConfigError(f"{place.world_size} ranks have nowhere to meet: set MASTER_ADDR (and MASTER_PORT) to an "
                           f"address of rank 0's machine, or PYFLEET_RENDEZVOUS")
     store = open_store(place.rendezvous, place.rank, place.world_size, deadline.left())
     try:
         members = meet(store, place.rank, place.world_size, deadline)
-        hosts = {member.host for member in members}
-        if cluster.transport == "shm" and len(hosts) > 1:
-            raise ConfigError(f"transport is 'shm', but the ranks are on {len(hosts)} hosts")
-        domain = executor = None
-        if len(hosts) == 1 and cluster.transport != "tcp":
-            domain = open_domain(store, members, place.rank, arena, cluster, deadline)
-        else:
-            if len(hosts) > 1 and cluster.encryption == "auto" and place.rank == 0:
-                warnings.warn("links between hosts are not encrypted in this release; set encryption='off' to say "
-                              "that you know", stacklevel=3)
-            executor = open_links(store, members, place.rank, cluster, deadline)
+        if len({member.host for member in members}) > 1 and cluster.encryption == "auto" and place.rank == 0:
+            warnings.warn("links between hosts are not encrypted in this release; set encryption='off' to say "
+                          "that you know", stacklevel=3)
+        wired = connect(members, place.rank, arena, cluster, deadline,
+                        Exchange(store, place.rank, place.world_size, deadline))
     finally:
         store.close()
-    group = Group(place.rank, place.world_size, domain=domain, executor=executor, timeout=cluster.timeout,
-                  places={member.rank: member.name for member in members})
-    own = [member.rank for member in members if member.host == members[place.rank].host]
-    return FleetEngine(group, arena, own.index(place.rank), len(own)), members
+    return FleetEngine(wired), members
 
 
 def init(backend: str = "fleet", rank: int | None = None, world_size: int | None = None, peers: list[str] | None = None,

@@ -13,12 +13,16 @@ import struct
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 from fleetcore.arena import Arena
 from fleetcore.domain import Domain, board_bytes
 from fleetcore.executor import Executor
+from fleetcore.group import Group
 from fleetcore.transports.tcp import TcpLink
 
 from pyfleet.config import ClusterConfig
@@ -33,7 +37,7 @@ SMALLEST_ARENA = 256 << 20
 FDS_PER_MESSAGE = 64                # the kernel takes 253
 HELLO = struct.Struct("!4s32sII")   # magic, token, rank, kind
 MAGIC = b"FLH1"
-DATA, CONTROL = 0, 1
+DATA, CONTROL, MESSAGE = 0, 1, 2
 
 
 class Deadline:
@@ -116,64 +120,146 @@ def spin_ns(num_local: int) -> int:
     return SPIN_NS if num_local <= num_cores() else 0
 
 
+class Exchange:
+    """Rounds in which every rank of a meeting leaves a value in the store and reads everyone's.
+
+    Raises (when called):  NotEnoughPeers naming the missing ranks at the deadline.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, deadline: Deadline):
+        self.store, self.rank, self.size, self.deadline, self.round = store, rank, size, deadline, 0
+
+    def __call__(self, value: Any) -> list:
+        """Everyone's value, in rank order. Values are JSON-like."""
+        self.round += 1
+        self.store.set(f"{self.round}.{self.rank}", value)
+        values, missing = [], []
+        for rank in range(self.size):
+            try:
+                values.append(self.store.get(f"{self.round}.{rank}", self.deadline.left()))
+            except KeyError:
+                missing.append(rank)
+        if missing:
+            raise NotEnoughPeers(f"ranks {missing} met the others, but did not offer a connection within "
+                                 f"{self.deadline.seconds:g} s")
+        return values
+
+
+@dataclass
+class Wired:
+    """Ranks that can call collectives: what connect() makes.
+
+    Attributes:
+        members:    cards in rank order; a member's `rank` is its number in the whole fleet.
+        shared:     {rank in the whole fleet: (its Arena as seen here, its pid)} of the ranks that share memory.
+        messages:   one Link per rank for messages between two ranks, None at the own place.
+    """
+
+    group: Group
+    members: list[Member]
+    cluster: ClusterConfig
+    arena: Arena
+    shared: dict[int, tuple[Arena, int]]
+    messages: list
+
+
+def connect(members: list[Member], rank: int, arena: Arena, cluster: ClusterConfig, deadline: Deadline,
+            exchange: Callable[[Any], list], *, shared: dict | None = None, number: int = 0) -> Wired:
+    """Tie ranks into a group: shared memory within hosts, links between them, connections for messages.
+
+    Args:    members, rank: the group's ranks in order, and the own place among them.
+             exchange: a round among the ranks, as Exchange.  shared: arenas that are mapped here already.
+             number: of this group among those of the fleet, the same on all members.
+    Raises:  NotEnoughPeers, PeerLost, ConfigError; never waits past the deadline.
+    """
+    size = len(members)
+    if size == 1:
+        return Wired(Group(0, 1, timeout=cluster.timeout), members, cluster, arena, shared or {}, [None])
+    local = [place for place, member in enumerate(members) if member.host == members[rank].host]
+    if cluster.transport == "shm" and len(local) < size:
+        raise ConfigError(f"transport is 'shm', but the ranks are on {len({member.host for member in members})} hosts")
+    in_memory = cluster.transport != "tcp" and len(local) > 1
+    by_links = cluster.transport == "tcp" or len(local) < size
+    with contextlib.ExitStack() as meeting:
+        card: dict = {"token": secrets.token_hex(32)}
+        board = directory = None
+        if in_memory and rank == local[0]:
+            board = arena.allocate(board_bytes(len(local)))
+            memoryview(board)[:] = bytes(board.nbytes)
+            directory = meeting.enter_context(tempfile.TemporaryDirectory(prefix="pyfleet-"))
+            arenas = meeting.enter_context(socket.socket(socket.AF_UNIX))
+            arenas.bind(f"{directory}/arenas")
+            arenas.listen(size)
+            card |= {"board": board.offset, "arenas": f"{directory}/arenas"}
+        listener = meeting.enter_context(_listen(cluster, size, one_host=len(local) == size))
+        card |= {"addresses": ["127.0.0.1"] if len(local) == size else own_addresses(cluster.iface),
+                 "port": listener.getsockname()[1]}
+        cards = exchange(card)
+        domain = executor = None
+        if in_memory:
+            leader = cards[local[0]]
+            if shared is None or any(members[place].rank not in shared for place in local):
+                shared = _share_arenas(arenas if board is not None else None, leader, members, local, rank, arena, deadline)
+            mapped = [shared[members[place].rank] for place in local]
+            domain = Domain([there for there, _ in mapped], local.index(rank), leader["board"], [pid for _, pid in mapped],
+                            board=board, spin_ns=spin_ns(len(local)), path=cluster.same_host)
+        kinds = (DATA, CONTROL, MESSAGE) if by_links else (MESSAGE,)
+        sockets = _connect_all(listener, cards, members, rank, kinds, cluster, deadline)
+        links = {kind: [None if place == rank else TcpLink(sockets[place, kind], place, congestion=_congestion(cluster, kind))
+                        for place in range(size)] for kind in kinds}
+        if by_links:
+            executor = Executor(rank, links[DATA], links[CONTROL], group=number, spin_ns=spin_ns(len(local)))
+        if domain is not None:
+            domain.connect(max(deadline.left(), 0.001))
+    hosts = list(dict.fromkeys(member.host for member in members))
+    group = Group(rank, size, domain=domain, executor=executor, timeout=cluster.timeout,
+                  hosts=[hosts.index(member.host) for member in members],
+                  places={place: member.name for place, member in enumerate(members)})
+    return Wired(group, members, cluster, arena, shared or {}, links[MESSAGE])
+
+
 # ---- ranks of one host -----------------------------------------------------------------------------------------------
 
 
-def open_domain(store: Store, members: list[Member], rank: int, arena: Arena, cluster: ClusterConfig,
-                deadline: Deadline) -> Domain:
-    """Share everyone's arena with everyone: descriptors travel over a socket in a private directory of rank 0.
-
-    Raises:  NotEnoughPeers, PeerLost, ConfigError.
-    """
-    size = len(members)
-    if rank == 0:
-        board = arena.allocate(board_bytes(size))
-        memoryview(board)[:] = bytes(board.nbytes)
-        pids, capacities, fds = _gather_arenas(store, size, arena, board.offset, deadline)
-        offset = board.offset
+def _share_arenas(listener, leader, members, local, rank, arena, deadline):
+    """Share everyone's arena with everyone of this host: descriptors travel over a socket in the leader's directory."""
+    if listener is not None:
+        pids, capacities, fds = _gather_arenas(listener, leader["token"], members, local, arena, deadline)
     else:
-        board = None
-        pids, capacities, fds, offset = _offer_arena(store, rank, arena, deadline)
+        pids, capacities, fds = _offer_arena(leader, rank, arena, deadline)
     try:
-        arenas = [arena if peer == rank else Arena.attach(fds[peer], capacities[peer]) for peer in range(size)]
+        return {members[place].rank: (arena if place == rank else Arena.attach(fds[i], capacities[i]), pids[i])
+                for i, place in enumerate(local)}
     finally:
         for fd in fds:
             if fd >= 0:
                 os.close(fd)
-    domain = Domain(arenas, rank, offset, pids, board=board, spin_ns=spin_ns(size), path=cluster.same_host)
-    domain.connect(max(deadline.left(), 0.001))
-    return domain
 
 
-def _gather_arenas(store, size, arena, board_offset, deadline):
-    """Rank 0: collect (pid, capacity, descriptor) of every rank and send everyone the whole list."""
-    token = secrets.token_hex(16)
+def _gather_arenas(listener, token, members, local, arena, deadline):
+    """The host's first rank: collect (pid, capacity, descriptor) of the others and send everyone the whole list."""
+    size = len(local)
     pids, capacities, fds, peers = [os.getpid()] + [0] * (size - 1), [arena.capacity] * size, [-1] * size, {}
-    with tempfile.TemporaryDirectory(prefix="pyfleet-") as directory, contextlib.ExitStack() as open_sockets:
-        listener = open_sockets.enter_context(socket.socket(socket.AF_UNIX))
-        listener.bind(f"{directory}/arenas")
-        listener.listen(size)
-        store.set("arenas", {"path": f"{directory}/arenas", "token": token})
+    with contextlib.ExitStack() as open_sockets:
         while len(peers) < size - 1:
             listener.settimeout(max(deadline.left(), 0.001))
             try:
                 sock = open_sockets.enter_context(listener.accept()[0])
             except TimeoutError:
-                missing = sorted(set(range(1, size)) - set(peers))
+                missing = [members[place].rank for i, place in enumerate(local) if i and i not in peers]
                 raise NotEnoughPeers(f"ranks {missing} did not share their memory within {deadline.seconds:g} s") from None
             sock.settimeout(max(deadline.left(), 0.001))
             data, received, _, _ = socket.recv_fds(sock, 4096, 1)
             hello = json.loads(data) if data else {}
-            peer = hello.get("rank", 0)
-            if not hmac.compare_digest(hello.get("token", ""), token) or not 0 < peer < size or len(received) != 1:
+            peer = local.index(hello["rank"]) if hello.get("rank") in local else 0
+            if not hmac.compare_digest(hello.get("token", ""), token) or not peer or peer in peers or len(received) != 1:
                 for fd in received:
                     os.close(fd)
                 continue
             pids[peer], capacities[peer], fds[peer], peers[peer] = hello["pid"], hello["capacity"], received[0], sock
-        everything = {"pids": pids, "capacities": capacities, "board": board_offset}
+        text = json.dumps({"pids": pids, "capacities": capacities}).encode()
         all_fds = [arena.fd, *fds[1:]]
         for sock in peers.values():
-            text = json.dumps(everything).encode()
             sock.sendall(struct.pack("!I", len(text)) + text)
             for start in range(0, size, FDS_PER_MESSAGE):
                 socket.send_fds(sock, [b"."], all_fds[start:start + FDS_PER_MESSAGE])
@@ -182,17 +268,13 @@ def _gather_arenas(store, size, arena, board_offset, deadline):
     return pids, capacities, fds
 
 
-def _offer_arena(store, rank, arena, deadline):
+def _offer_arena(leader, rank, arena, deadline):
     """Other ranks: hand over the own descriptor, take everyone's."""
-    try:
-        where = store.get("arenas", deadline.left())
-    except KeyError:
-        raise NotEnoughPeers(f"rank 0 did not share its memory within {deadline.seconds:g} s") from None
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(max(deadline.left(), 0.001))
         try:
-            sock.connect(where["path"])
-            hello = {"token": where["token"], "rank": rank, "pid": os.getpid(), "capacity": arena.capacity}
+            sock.connect(leader["arenas"])
+            hello = {"token": leader["token"], "rank": rank, "pid": os.getpid(), "capacity": arena.capacity}
             socket.send_fds(sock, [json.dumps(hello).encode()], [arena.fd])
             length, = struct.unpack("!I", _read(sock, 4))
             everything = json.loads(_read(sock, length))
@@ -204,8 +286,8 @@ def _offer_arena(store, rank, arena, deadline):
                 fds += received
             sock.sendall(b".")
         except OSError as error:
-            raise PeerLost(f"lost rank 0 while sharing memory: {error}", rank=0) from None
-    return everything["pids"], everything["capacities"], fds, everything["board"]
+            raise PeerLost(f"lost the first rank of this host while sharing memory: {error}") from None
+    return everything["pids"], everything["capacities"], fds
 
 
 def _read(sock, size):
@@ -218,42 +300,25 @@ def _read(sock, size):
     return data
 
 
-# ---- ranks of several hosts ------------------------------------------------------------------------------------------
+# ---- connections -----------------------------------------------------------------------------------------------------
 
 
-def open_links(store: Store, members: list[Member], rank: int, cluster: ClusterConfig, deadline: Deadline) -> Executor:
-    """Connect to every rank: one connection for data, one for notices of failure.
+def _listen(cluster, size, *, one_host):
+    return socket.create_server(("127.0.0.1" if one_host else "", 0), backlog=3 * size)
 
-    Each rank connects to the lower ones and accepts the higher ones; a connection counts once it has shown the token
-    that rank 0 left in the store.
 
-    Raises:  NotEnoughPeers at the deadline, ConfigError.
+def _connect_all(listener, cards, members, rank, kinds, cluster, deadline):
+    """{(place, kind): socket}: connections of these kinds with every rank.
+
+    Each rank connects to the lower ones and accepts the higher ones; a connection counts once it has shown the first
+    rank's token.
     """
-    size = len(members)
-    if rank == 0:
-        store.set("token", secrets.token_hex(32))
-    one_host = len({member.host for member in members}) == 1
-    addresses = ["127.0.0.1"] if one_host else own_addresses(cluster.iface)
-    listener = socket.create_server(("127.0.0.1" if one_host else "", 0), backlog=2 * size)
-    with listener:
-        store.set(f"links.{rank}", {"addresses": addresses, "port": listener.getsockname()[1]})
-        try:
-            token = bytes.fromhex(store.get("token", deadline.left()))
-            sockets = {}
-            for peer in range(rank):
-                where = store.get(f"links.{peer}", deadline.left())
-                for kind in (DATA, CONTROL):
-                    sockets[peer, kind] = _dial(where, HELLO.pack(MAGIC, token, rank, kind), members[peer], cluster,
-                                                deadline)
-        except KeyError as error:
-            raise NotEnoughPeers(f"a rank did not offer its links within {deadline.seconds:g} s ({error})") from None
-        _accept(listener, sockets, token, rank, size, deadline)
-    places = {}
-    for kind in (DATA, CONTROL):
-        places[kind] = [None if peer == rank else TcpLink(sockets[peer, kind], peer, congestion=_congestion(cluster, kind))
-                        for peer in range(size)]
-    local = sum(member.host == members[rank].host for member in members)
-    return Executor(rank, places[DATA], places[CONTROL], spin_ns=spin_ns(local))
+    size, token, sockets = len(cards), bytes.fromhex(cards[0]["token"]), {}
+    for peer in range(rank):
+        for kind in kinds:
+            sockets[peer, kind] = _dial(cards[peer], HELLO.pack(MAGIC, token, rank, kind), members[peer], cluster, deadline)
+    _accept(listener, sockets, token, rank, size, kinds, deadline)
+    return sockets
 
 
 def _congestion(cluster, kind):
@@ -279,16 +344,16 @@ def _dial(where, hello, member, cluster, deadline):
                          f"the last: {problem}")
 
 
-def _accept(listener, sockets, token, rank, size, deadline):
+def _accept(listener, sockets, token, rank, size, kinds, deadline):
     """Take the connections of the higher ranks; strangers and silent connections delay nobody."""
     listener.setblocking(False)
     hellos = {}
     with selectors.DefaultSelector() as selector, contextlib.ExitStack() as strangers:
         selector.register(listener, selectors.EVENT_READ)
-        while len(sockets) < 2 * (size - 1):
+        while len(sockets) < len(kinds) * (size - 1):
             ready = selector.select(deadline.left())
             if not ready and not deadline.left():
-                missing = sorted({peer for peer in range(rank + 1, size) if not {(peer, DATA), (peer, CONTROL)} <= set(sockets)})
+                missing = [peer for peer in range(rank + 1, size) if any((peer, kind) not in sockets for kind in kinds)]
                 raise NotEnoughPeers(f"ranks {missing} did not connect within {deadline.seconds:g} s")
             for key, _ in ready:
                 with contextlib.suppress(OSError):
@@ -307,7 +372,7 @@ def _accept(listener, sockets, token, rank, size, deadline):
                     if len(hellos[sock]) == HELLO.size:
                         magic, shown, peer, kind = HELLO.unpack(hellos[sock])
                         if (magic == MAGIC and hmac.compare_digest(shown, token) and rank < peer < size
-                                and kind in (DATA, CONTROL) and (peer, kind) not in sockets):
+                                and kind in kinds and (peer, kind) not in sockets):
                             sock.sendall(b"+")
                             sockets[peer, kind] = socket.socket(fileno=sock.detach())
                             continue

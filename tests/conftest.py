@@ -1,5 +1,6 @@
 import pytest
 
+from tests import network as networks
 from tests.ranks import Ranks
 
 
@@ -38,3 +39,18 @@ def fresh_ranks():
     yield get
     for group in made:
         group.close()
+
+
+@pytest.fixture
+def network():
+    """network(num_hosts, rate="1gbit", ...): hosts with links between them, for this test; see tests/network.py."""
+    if reason := networks.unavailable():
+        pytest.skip(f"no network of hosts: {reason}")
+    made = []
+
+    def get(num_hosts, rate="1gbit", **options):
+        made.append(networks.Network(num_hosts, rate, **options))
+        return made[-1]
+    yield get
+    for each in made:
+        each.close()

@@ -48,9 +48,9 @@ class Nursery:
             env=variables | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}, pass_fds=[theirs.fileno()])
         theirs.close()
 
-    def start(self, mode, env, pipe):
-        """A new rank process that runs tests.worker on the descriptor `pipe`."""
-        socket.send_fds(self.sock, [json.dumps([mode, env]).encode()], [pipe])
+    def start(self, mode, env, pipe, namespace=None):
+        """A new rank process that runs tests.worker on the descriptor `pipe`, in a network namespace."""
+        socket.send_fds(self.sock, [json.dumps([mode, env, namespace]).encode()], [pipe])
         return Process(int(self.sock.recv(100)))
 
 
@@ -84,12 +84,12 @@ class Process:
 _nursery = None
 
 
-def start_rank(mode, env, pipe):
+def start_rank(mode, env, pipe, namespace=None):
     """A rank process: from the nursery on Linux, a fresh interpreter elsewhere."""
     global _nursery
     if sys.platform == "linux":
         _nursery = _nursery or Nursery()
-        return _nursery.start(mode, env, pipe.fileno())
+        return _nursery.start(mode, env, pipe.fileno(), namespace)
     return subprocess.Popen([sys.executable, "-m", "tests.worker", mode, str(pipe.fileno())], cwd=ROOT,
                             env=os.environ | env, pass_fds=[pipe.fileno()], stdin=subprocess.DEVNULL)
 
@@ -98,9 +98,11 @@ class Ranks:
     """N rank processes. They run tests.worker, which calls pyfleet.init() unless `init` is False.
 
     Args:    env: extra environment, the same for all ranks.
+             namespaces: the network namespace of each rank, see tests.network; None for the caller's own.
     """
 
-    def __init__(self, size: int, transport: str = "auto", *, init: bool = True, env: dict | None = None):
+    def __init__(self, size: int, transport: str = "auto", *, init: bool = True, env: dict | None = None,
+                 namespaces: list[str] | None = None):
         self.size, self.transport = size, transport
         self.directory = tempfile.TemporaryDirectory(prefix="pyfleet-test-")
         self.processes, self.pipes = [], []
@@ -110,7 +112,7 @@ class Ranks:
                 self.processes.append(start_rank("init" if init else "bare", {
                     "PYFLEET_RANK": str(rank), "PYFLEET_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
                     "PYFLEET_RENDEZVOUS": f"file://{self.directory.name}/meet", "PYFLEET_TRANSPORT": transport,
-                    **(env or {})}, theirs))
+                    **(env or {})}, theirs, namespaces[rank] if namespaces else None))
             self.pipes.append(Connection(mine.detach()))
         if init:
             self.collect()

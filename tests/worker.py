@@ -21,7 +21,7 @@ def nursery(sock):
         data, fds, _, _ = socket.recv_fds(sock, 65536, 1)
         if not data:
             return
-        mode, env = json.loads(data)
+        mode, env, namespace = json.loads(data)
         said, tell = os.pipe()
         child = os.fork()
         if child == 0:
@@ -32,6 +32,9 @@ def nursery(sock):
             for fd in (sock.fileno(), said, tell):
                 os.close(fd)
             os.environ.update(env)
+            if namespace:
+                from tests.network import enter
+                enter(namespace)
             rank(mode, fds[0])
             return
         os.close(tell)

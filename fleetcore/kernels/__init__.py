@@ -3,6 +3,7 @@
 KERNELS = {
     "reduce": "fleetcore.kernels.reduce",
     "cast": "fleetcore.kernels.cast",
+    "quantize": "fleetcore.kernels.quantize",
     "copy": "fleetcore.kernels.copy",
     "checksum": "fleetcore.kernels.checksum",
     "sparsify": "fleetcore.kernels.sparsify",

@@ -1,4 +1,5 @@
-// C1: the loops behind cast.pyx, once per instruction set. Oracle: tests/fleetcore/kernels/test_cast.py.
+// C1: the loops behind cast.pyx, once per instruction set; quantize, too, includes them for its feedback in halves.
+// Oracle: tests/fleetcore/kernels/test_cast.py.
 #ifndef FC_CAST_H
 #define FC_CAST_H
 

@@ -1,7 +1,7 @@
 // C1: float16 and bfloat16 <-> float32, in vectors, for every instruction set.
 //
-// Included by reduce and cast (against the usual rule of one includer): a sum and a cast that disagreed in one rounding
-// would break bit identity between ranks, so there is one text of each conversion.
+// Included by reduce, cast and quantize (against the usual rule of one includer): a sum and a cast that disagreed in
+// one rounding would break bit identity between ranks, so there is one text of each conversion.
 //
 // Every path gives the same bits: round to nearest even, denormals kept (also under FTZ/DAZ: no step below meets a
 // float32 denormal that it may lose), overflow to Inf, NaN quieted with its sign and upper payload kept.

@@ -2,7 +2,7 @@
 
 A schedule is a function (rank, size, bounds, root=0) -> list of Row: what one rank does. Offsets count elements of the
 whole array that the ranks work on together; segment r of it is [bounds[r], bounds[r + 1]), and bounds[size] is its
-length. (all_to_all alone has (rank, size, counts): its input and its output have offsets of their own.) It touches no
+length. A bounds[0] above 0 leaves out what lies before it. (all_to_all alone has (rank, size, counts): its input and its output have offsets of their own.) It touches no
 socket and no array, so that tests run every algorithm for every size in a simulator first.
 
 A rank has an input and an output, which are the same memory for verbs that work in place. What lies there at the start
@@ -17,6 +17,8 @@ and what must lie there at the end is the verb's business (SCHEDULES says which 
     scatter         input: all segments, on root     output: the own segment (likewise on root)
     all_to_all      input: a part for each rank      output: a part from each rank (the own one by the caller)
 
+All but all_to_all may also be given the same memory as input and output. Alone, a rank has no rows: the caller copies.
+
 Rules the executor relies on:
 * a SEND reads the input if its `after` is -1, else the output; a COPY writes the output; a FOLD reduces what arrives
   with the input if its `after` is -1, else with the output, into the output;
@@ -24,7 +26,9 @@ Rules the executor relies on:
 * a row may begin a chunk once row `after` has finished it; `after` is an earlier row whose range covers this one's;
 * FOLD rows that share a `fold` number have the same range, the same `after` and different peers: they are reduced
   together with the rank's own data, all in rank order, once each peer's chunk is there;
-* a COPY may overwrite what an earlier SEND reads only if the bytes it brings depend on that SEND having arrived.
+* a COPY or FOLD may overwrite what a SEND reads only if one of the two surely comes first: by `after`, or because the
+  bytes that arrive depend on the SEND having arrived;
+* no receive waits for a SEND of its own rank to the same peer: links may hold less than a chunk, and both would wait.
 """
 from typing import NamedTuple
 

@@ -14,23 +14,30 @@ def relatives(rank, size, root):
     return parent, children[::-1]
 
 
-def broadcast(rank, size, count, root=0):
+def broadcast(rank, size, bounds, root=0):
     """Everyone ends with root's array."""
     parent, children = relatives(rank, size, root)
-    rows = [] if parent is None else [Row(COPY, parent, 0, count)]
-    return rows + [Row(SEND, child, 0, count, len(rows) - 1) for child in children]
+    rows = [] if parent is None else [Row(COPY, parent, bounds[0], bounds[size])]
+    return rows + [Row(SEND, child, bounds[0], bounds[size], len(rows) - 1) for child in children]
 
 
-def all_reduce(rank, size, count, root=0):
-    """Fold up the tree, then broadcast down: 2 ceil(log2 N) latencies, the whole array on every hop."""
+def reduce(rank, size, bounds, root=0):
+    """Root ends with the reduction: everyone folds in its children, smallest subtree first, then tells its parent."""
     parent, children = relatives(rank, size, root)
     rows = []
     for k, child in enumerate(reversed(children)):
         last = parent is None and k == len(children) - 1
-        rows.append(Row(FOLD, child, 0, count, len(rows) - 1, len(rows), last))
-    ready = len(rows) - 1
+        rows.append(Row(FOLD, child, bounds[0], bounds[size], len(rows) - 1, len(rows), last))
     if parent is not None:
-        rows.append(Row(SEND, parent, 0, count, ready))
-        ready = len(rows)
-        rows.append(Row(COPY, parent, 0, count))
-    return rows + [Row(SEND, child, 0, count, ready) for child in children]
+        rows.append(Row(SEND, parent, bounds[0], bounds[size], len(rows) - 1))
+    return rows
+
+
+def all_reduce(rank, size, bounds, root=0):
+    """Fold up the tree, then broadcast down: 2 ceil(log2 N) latencies, the whole array on every hop."""
+    parent, children = relatives(rank, size, root)
+    rows = reduce(rank, size, bounds, root)
+    if parent is not None:
+        rows.append(Row(COPY, parent, bounds[0], bounds[size]))
+    ready = len(rows) - 1
+    return rows + [Row(SEND, child, bounds[0], bounds[size], ready) for child in children]

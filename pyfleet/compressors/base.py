@@ -12,6 +12,7 @@ One instance serves one bucket: the same n elements, step after step. Where `sta
 """
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 from abc import ABC, abstractmethod
@@ -19,6 +20,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+from fleetcore.kernels.quantize import (
+    BLOCK_ELEMS,
+    decode_add_array,
+    decode_array,
+    encode_array,
+    encode_feedback_array,
+    encoding_bytes,
+    settle_array,
+)
 
 from pyfleet.errors import ConfigError, DType, ShapeError
 
@@ -114,7 +124,7 @@ class Compressor(ABC):
                         stream: int = 0) -> int:
         """encode(grad + residual), then residual = grad + residual - decoded. Arguments and errors as for encode.
 
-        The difference is taken of the exact sum and rounded once (see settle), so that nothing drifts: what a step
+        The difference is taken of the exact sum and rounded once (see settle_array), so that nothing drifts: what a step
         sends and what it keeps differ from what it was given by at most half a unit in the last place of what it keeps.
         Elements that decode to no finite number keep the residual they had: after a step that has to be skipped, nothing
         is lost.
@@ -123,7 +133,7 @@ class Compressor(ABC):
             x = grad + residual
         written = self.encode(x, out, step=step, offset=offset, stream=stream)
         self.decode(out[:written], x)
-        settle(grad, residual, x)
+        settle_array(grad, residual, x)
         return written
 
     def exchange(self, x: np.ndarray, all_reduce: Callable[[np.ndarray], None], num_ranks: int, *, step: int = 0) -> None:
@@ -147,6 +157,43 @@ class Compressor(ABC):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"
+
+
+class BlockCode(Compressor):
+    """A code of fleetcore.kernels.quantize: blocks of 256 elements that share a scale, error at most half a step of it.
+
+    A block that holds a NaN or an infinity decodes to NaN altogether. Subclasses set `_code`; those that round at random
+    set `_seed`, and round as a function of (seed, step, stream, index of the element).
+    """
+
+    route, block = "shard", BLOCK_ELEMS
+    _code: int
+    _seed: int | None = None
+
+    def wire_bytes(self, n: int) -> int:
+        return encoding_bytes(self._code, n)
+
+    def encode(self, x: np.ndarray, out: np.ndarray, *, step: int = 0, offset: int = 0, stream: int = 0) -> int:
+        return encode_array(self._code, x, out, self._key(step, stream), offset)
+
+    def encode_feedback(self, grad: np.ndarray, residual: np.ndarray, out: np.ndarray, *, step: int = 0, offset: int = 0,
+                        stream: int = 0) -> int:
+        return encode_feedback_array(self._code, grad, residual, out, self._key(step, stream), offset)
+
+    def decode(self, data: np.ndarray, out: np.ndarray) -> None:
+        decode_array(self._code, data, out)
+
+    def decode_add(self, data: np.ndarray, out: np.ndarray, weight: float = 1.0) -> None:
+        decode_add_array(self._code, data, out, weight)
+
+    def _key(self, step: int, stream: int) -> int | None:
+        return None if self._seed is None else mix_seed(self._seed, step, stream)
+
+
+def mix_seed(*numbers: int) -> int:
+    """64 bits that any of the integers changes altogether; the same on every machine."""
+    text = ",".join(str(int(number)) for number in numbers).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def between(kind: str, key: str, value: Any, low: float, high: float, *, integer: bool = False, above: bool = False) -> Any:
@@ -186,13 +233,6 @@ def room(out: np.ndarray, needed: int) -> np.ndarray:
     if out.size < needed:
         raise ShapeError(f"the encoding takes {needed} bytes, out has {out.size}")
     return out[:needed]
-
-
-def settle(grad: np.ndarray, residual: np.ndarray, sent: np.ndarray) -> None:
-    """residual = grad + residual - sent, rounded once; left as it was where `sent` is not finite. All (n,) float32."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        kept = (grad.astype(np.float64) + residual - sent).astype(np.float32)
-    np.copyto(residual, kept, where=np.isfinite(sent))
 
 
 def expect(data: np.ndarray, num_bytes: int) -> None:

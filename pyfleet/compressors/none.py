@@ -25,3 +25,8 @@ class NoCompression(Compressor):
     def decode(self, data: np.ndarray, out: np.ndarray) -> None:
         expect(data, out.nbytes)
         np.copyto(out.view(np.uint8), data)
+
+    def decode_add(self, data: np.ndarray, out: np.ndarray, weight: float = 1.0) -> None:
+        expect(data, out.nbytes)
+        with np.errstate(over="ignore", invalid="ignore"):
+            out += data.view(np.float32) if weight == 1.0 else data.view(np.float32) * np.float32(weight)

@@ -1,11 +1,18 @@
 """The contract of an engine: the thing that moves the bytes of collective calls, and the one in force."""
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-from pyfleet.errors import NotInitialized
+import numpy as np
+
+from pyfleet.errors import ConfigError, NotInitialized
+
+# What Engine.submit takes by name.
+VERBS = ("all_reduce", "broadcast", "reduce", "all_gather_into", "gather_into", "scatter_into", "reduce_scatter_into",
+         "all_to_all_into", "barrier")
 
 
 class Work(ABC):
@@ -35,6 +42,8 @@ class Engine(ABC):
 
     Attributes:
         ranks: the group's members, numbered as in the whole fleet.
+        quick: None, or quick(x, op, timeout) -> whether it has done all_reduce(x, op): for small arrays, where all there
+               is to do costs a microsecond. While it says False, or is None, all_reduce() is what works.
     """
 
     name: str
@@ -44,6 +53,7 @@ class Engine(ABC):
     local_world_size: int
     epoch: int
     ranks: tuple[int, ...]
+    quick: Callable[[Any, int, float | None], bool] | None = None
 
     @abstractmethod
     def all_reduce(self, x: Any, op: Any = "sum", *, algorithm: str = "auto", timeout: float | None = None) -> None:
@@ -85,14 +95,12 @@ class Engine(ABC):
     def barrier(self, *, timeout: float | None = None) -> None:
         """Return once every rank has called it."""
 
-    @abstractmethod
     def isend(self, x: Any, dst: int, tag: int = 0, note: bytes = b"", *, timeout: float | None = None) -> Work:
         """Start sending x to dst; messages of one pair and tag arrive in order. x may be used again once it is done.
 
         Args:    tag: 0 to 2**31 - 1.  note: at most 256 bytes that tell the receiver what x is.
         """
 
-    @abstractmethod
     def irecv(self, make: Callable[[bytes], Any], src: int | None = None, tag: int = 0, *,
               timeout: float | None = None) -> Work:
         """Start receiving a message with this tag from src, or from whoever is first.
@@ -119,6 +127,10 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def is_busy(self) -> bool:
+        """Whether submitted calls are under way or waiting: a synchronous call from another thread queues behind them."""
+
+    @abstractmethod
     def new_group(self, ranks: list[int], *, timeout: float | None = None) -> Engine | None:
         """An engine for some of this one's ranks, in that order; None on the others. Every rank of this one calls it.
 
@@ -133,9 +145,63 @@ class Engine(ABC):
     def stats(self) -> dict:
         """Bytes and messages since the start: {"links": {rank: {...}}, "shared_memory": {...}, "operations": {...}}."""
 
+    def record(self, on: bool = True) -> None:
+        """Begin anew to remember every call, or stop."""
+        raise ConfigError(f"the {self.name} engine does not record its calls")
+
+    def recorded(self) -> list:
+        """[(operation, bytes, began, ended, algorithm)] since record(): seconds of time.monotonic()."""
+        return []
+
     @abstractmethod
     def close(self) -> None:
         """Leave the group; peers that still wait for this rank learn of it. Idempotent."""
+
+
+    def check_members(self, ranks: list[int]) -> list[int]:
+        """The ranks of a group to be made, as numbers of this one.
+
+        Raises:  ConfigError when there is none, one is no rank of this engine, or is there twice.
+        """
+        places = [int(rank) for rank in ranks]
+        if not places or len(set(places)) != len(places) or not all(0 <= place < self.world_size for place in places):
+            raise ConfigError(f"a group needs different ranks from 0 to {self.world_size - 1}, not {list(ranks)}")
+        return places
+
+
+def all_gather_object(engine: Engine, obj: Any, timeout: float | None = None) -> list:
+    """Every rank's obj, in rank order: values that JSON can carry.
+
+    Raises:  ConfigError for other values.
+    """
+    data = np.frombuffer(to_json(obj), np.uint8)
+    lengths = np.empty(engine.world_size, np.int64)
+    engine.all_gather_into(lengths, np.array([data.size]), timeout=timeout)
+    out = np.empty(lengths.sum(), np.uint8)
+    engine.all_gather_into(out, data, lengths.tolist(), timeout=timeout)
+    return [json.loads(part.tobytes()) for part in np.split(out, np.cumsum(lengths)[:-1])]
+
+
+def broadcast_object(engine: Engine, obj: Any, src: int = 0, timeout: float | None = None) -> Any:
+    """Rank src's obj, on every rank; the others' is ignored."""
+    data = np.frombuffer(to_json(obj), np.uint8) if engine.rank == src else None
+    length = np.array([0 if data is None else data.size])
+    engine.broadcast(length, src, timeout=timeout)
+    data = np.empty(length[0], np.uint8) if data is None else data
+    engine.broadcast(data, src, timeout=timeout)
+    return json.loads(data.tobytes())
+
+
+def to_json(obj: Any) -> bytes:
+    """obj as JSON.
+
+    Raises:  ConfigError for values that JSON cannot carry; nothing is ever pickled.
+    """
+    try:
+        return json.dumps(obj).encode()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"only JSON-like values (None, bool, numbers, text, lists, dicts with text keys) can be sent: "
+                          f"{error}") from None
 
 
 _current: Engine | None = None

@@ -4,14 +4,13 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
+import zlib
 from typing import Any
 
-from fleetcore.arena import Arena
-from fleetcore.group import Group
-
 from pyfleet.arrays import hold, reduce_op
-from pyfleet.engines.base import Engine, Work
+from pyfleet.engines.base import VERBS, Engine, Work, all_gather_object
 from pyfleet.errors import ConfigError, Timeout
+from pyfleet.wiring import Deadline, Wired, connect
 
 
 class FleetWork(Work):
@@ -47,29 +46,34 @@ class FleetWork(Work):
 class FleetEngine(Engine):
     """Collectives of one group.
 
-    Args:    group: the established Group.  arena: this rank's arena, from which `allocate` takes.
-             local_rank, local_world_size: this rank's place among those of its host.
+    Args:    wired: the group and what it was made of; `allocate` takes from its arena.
+             number: which group it is; that of the whole fleet is 0.
     """
 
     name = "fleet"
 
-    def __init__(self, group: Group, arena: Arena, local_rank: int = 0, local_world_size: int = 1):
-        self.group, self.arena = group, arena
-        self.rank, self.world_size, self.epoch = group.rank, group.size, group.epoch
-        self.local_rank, self.local_world_size = local_rank, local_world_size
+    def __init__(self, wired: Wired, number: int = 0):
+        self.wired, self.group = wired, wired.group
+        self._number, self._num_groups = number, 0
+        self.rank, self.world_size, self.epoch = self.group.rank, self.group.size, self.group.epoch
+        self.ranks = tuple(member.rank for member in wired.members)
+        local = [place for place, member in enumerate(wired.members) if member.host == wired.members[self.rank].host]
+        self.local_rank, self.local_world_size = local.index(self.rank), len(local)
         self._queue: queue.SimpleQueue | None = None
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._pending = 0               # calls submitted and not yet over
         self._closed = False
+        self.quick = self.group.quick_all_reduce
+        self._groups: list[FleetEngine] = []        # made of this one
 
     # A synchronous call overtakes nothing: while submitted calls are pending it queues behind them, so that all ranks
     # see one order.
-    def _now(self) -> bool:
-        return not self._pending or threading.current_thread() is self._thread
+    def is_busy(self) -> bool:
+        return self._pending > 0 and threading.current_thread() is not self._thread
 
     def all_reduce(self, x, op="sum", *, algorithm="auto", timeout=None):
-        if not self._now():
+        if self.is_busy():
             return self.submit("all_reduce", x, op, algorithm=algorithm, timeout=timeout).wait()
         data, bring_back = hold(x)
         self.group.all_reduce(data, op if type(op) is int else reduce_op(op), timeout=timeout, algorithm=algorithm)
@@ -77,22 +81,78 @@ class FleetEngine(Engine):
             bring_back()
 
     def broadcast(self, x, src=0, *, timeout=None):
-        if not self._now():
+        if self.is_busy():
             return self.submit("broadcast", x, src, timeout=timeout).wait()
         data, bring_back = hold(x, writable=src != self.rank)
         self.group.broadcast(data, src, timeout=timeout)
         if bring_back is not None and src != self.rank:
             bring_back()
 
+    def reduce(self, x, dst=0, op="sum", *, timeout=None):
+        if self.is_busy():
+            return self.submit("reduce", x, dst, op, timeout=timeout).wait()
+        data, bring_back = hold(x, writable=dst == self.rank)
+        self.group.reduce(data, dst, reduce_op(op), timeout=timeout)
+        if bring_back is not None and dst == self.rank:
+            bring_back()
+
+    def all_gather_into(self, out, x, counts=None, *, timeout=None):
+        self._fill("all_gather", out, x, counts, timeout=timeout)
+
+    def gather_into(self, out, x, counts, dst=0, *, timeout=None):
+        self._fill("gather", out if dst == self.rank else None, x, counts, dst, timeout=timeout)
+
+    def scatter_into(self, out, x, counts, src=0, *, timeout=None):
+        self._fill("scatter", out, x if src == self.rank else None, counts, src, timeout=timeout)
+
+    def reduce_scatter_into(self, out, x, counts, op="sum", *, timeout=None):
+        self._fill("reduce_scatter", out, x, counts, reduce_op(op), timeout=timeout)
+
+    def all_to_all_into(self, out, x, counts, *, timeout=None):
+        self._fill("all_to_all", out, x, counts, timeout=timeout)
+
+    def _fill(self, verb, out, x, *args, timeout):
+        """A verb of the group that reads x (or nothing) and fills out (or nothing)."""
+        if self.is_busy():
+            return self.submit(self._fill, verb, out, x, *args, timeout=timeout).wait()
+        into, bring_back = hold(out) if out is not None else (None, None)
+        data = hold(x, writable=False)[0] if x is not None else None
+        getattr(self.group, verb)(into, data, *args, timeout=timeout)
+        if bring_back is not None:
+            bring_back()
+
     def barrier(self, *, timeout=None):
-        if not self._now():
+        if self.is_busy():
             return self.submit("barrier", timeout=timeout).wait()
         self.group.barrier(timeout=timeout)
 
-    def submit(self, verb, *args, **kwargs):
-        if verb not in ("all_reduce", "broadcast", "barrier"):
-            raise ConfigError(f"there is no operation {verb!r}")
-        work = FleetWork(verb)
+    def new_group(self, ranks, *, timeout=None):
+        places = self.check_members(ranks)
+        seconds = self.wired.cluster.peer_timeout if timeout is None else timeout
+        deadline = Deadline(seconds)
+        self._num_groups += 1
+        number = zlib.crc32(f"{self._number}.{self._num_groups}".encode())
+
+        def exchange(card):
+            cards = all_gather_object(self, card, timeout=max(deadline.left(), 0.001))
+            return [cards[place] for place in places]
+
+        if self.rank not in places or len(places) == 1:
+            exchange(None)              # every rank of this engine takes part in the round
+        if self.rank not in places:
+            return None
+        members = [self.wired.members[place] for place in places]
+        engine = FleetEngine(connect(members, places.index(self.rank), self.wired.arena, self.wired.cluster, deadline,
+                                     exchange, shared=self.wired.shared, number=number), number)
+        self._groups.append(engine)
+        return engine
+
+    def submit(self, call, *args, **kwargs):
+        if isinstance(call, str):
+            if call not in VERBS:
+                raise ConfigError(f"there is no operation {call!r}")
+            call = getattr(self, call)
+        work = FleetWork(call.__name__)
         with self._lock:
             if self._thread is None:
                 self._queue = queue.SimpleQueue()
@@ -100,24 +160,35 @@ class FleetEngine(Engine):
                                                 name="pyfleet-comm")
                 self._thread.start()
             self._pending += 1
-            self._queue.put((work, getattr(self, verb), args, kwargs))
+            self.quick = None           # synchronous calls queue behind this one
+            self._queue.put((work, call, args, kwargs))
         return work
 
     def over(self) -> None:
         """One submitted call has ended."""
         with self._lock:
             self._pending -= 1
+            if not self._pending:
+                self.quick = self.group.quick_all_reduce
 
     def allocate(self, nbytes: int) -> Any:
-        return self.arena.allocate(nbytes)
+        return self.wired.arena.allocate(nbytes)
 
     def stats(self):
         return self.group.stats()
+
+    def record(self, on=True):
+        self.group.record(on)
+
+    def recorded(self):
+        return self.group.recorded()
 
     def close(self):
         if self._closed:
             return
         self._closed = True
+        for group in self._groups:
+            group.close()
         self.group.close()              # ends a call under way in the communication thread, too
         if self._thread is not None:
             self._queue.put(None)

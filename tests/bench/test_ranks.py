@@ -64,6 +64,20 @@ time.sleep(60)"""
     assert time.monotonic() - start < 20
 
 
+def test_work_that_goes_on_is_waited_for_and_a_hang_is_not(module, monkeypatch):
+    monkeypatch.setattr("bench.ranks._STALL_S", 1.0)
+    works = """end = time.monotonic() + 3
+while max(team.exchange(time.monotonic() < end)):
+    team.tick()
+team.emit(kind="end")"""
+    with Ranks(module(works), 2, {}) as ranks:
+        assert list(ranks.events()) == [{"kind": "end"}]
+    with pytest.raises(RanksFailed, match="no progress for 1 s at the third act"), \
+            Ranks(module("team.progress('the third act')\ntime.sleep(60)"), 2, {}) as ranks:
+        list(ranks.events())
+    assert not ours(ranks.folder)
+
+
 def test_ranks_that_ignore_sigterm_are_ended_too(module):
     with Ranks(module("signal.signal(signal.SIGTERM, signal.SIG_IGN)\nteam.emit(kind='deaf')\ntime.sleep(60)"), 1, {}) as ranks:
         assert next(ranks.events()) == {"kind": "deaf"}

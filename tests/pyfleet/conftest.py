@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from pyfleet.engines import Engine, Work
+from pyfleet.engines import Work
 from pyfleet.errors import OutOfStep
 
 PATIENCE_S = 30
@@ -22,7 +22,7 @@ class ThreadWork(Work):
         return self.future.done()
 
 
-class ThreadEngine(Engine):
+class ThreadEngine:
     """One rank of a group of threads. `calls` lists what it was asked: (verb, dtype, number of elements, op)."""
 
     name, epoch = "threads", 1

@@ -1,0 +1,123 @@
+"""Error feedback: what a lossy compressor leaves out of one step, it gets to send in the next."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from fleetcore.kernels.quantize import settle_array
+
+from pyfleet.compressors.base import Compressor
+from pyfleet.errors import ConfigError, ShapeError
+
+
+class ErrorFeedback(Compressor):
+    """A compressor that encodes x + residual, and keeps as residual what decoding will not give back.
+
+    Over any number of steps the sum of what was sent plus the residual is the sum of what was to be sent, to half a unit
+    in the last place of the residual a step. It wraps any compressor and is used in its place. A piece of the bucket uses
+    the residual at its `offset`; in one step every element is encoded at most once.
+
+    Between two commits everything can be undone, for steps that fail or are skipped: `rollback`.
+
+    Args:    inner: the compressor to wrap.  num_elems: elements of the bucket.
+             undo: keep a copy of what a step overwrites, for rollback; without it only `commit` may be called.
+    Attributes:
+        residual: (num_elems,) float32.
+    """
+
+    stateful = True
+
+    def __init__(self, inner: Compressor, num_elems: int, undo: bool = False):
+        super().__init__(inner=inner, num_elems=num_elems, undo=undo)
+        self.inner = inner
+        self.residual = np.zeros(num_elems, np.float32)
+        self._before = np.empty(num_elems, np.float32) if undo else None
+        self._touched: list[slice] = []
+        self._inner_before: dict[str, Any] | None = None
+
+    # What a class states, the inner compressor states for this one.
+    kind = property(lambda self: self.inner.kind)
+    route = property(lambda self: self.inner.route)
+    lossy = property(lambda self: self.inner.lossy)
+    block = property(lambda self: self.inner.block)
+    wire_dtype = property(lambda self: self.inner.wire_dtype)
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    def bind(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        self.inner.bind(shapes)
+
+    def wire_bytes(self, n: int) -> int:
+        return self.inner.wire_bytes(n)
+
+    def encode(self, x: np.ndarray, out: np.ndarray, *, step: int = 0, offset: int = 0, stream: int = 0) -> int:
+        """As the contract; moreover ShapeError when x reaches beyond the residual."""
+        residual = self._residual_of(offset, x.size)
+        return self.inner.encode_feedback(x, residual, out, step=step, offset=offset, stream=stream)
+
+    def decode(self, data: np.ndarray, out: np.ndarray) -> None:
+        self.inner.decode(data, out)
+
+    def decode_add(self, data: np.ndarray, out: np.ndarray, weight: float = 1.0) -> None:
+        self.inner.decode_add(data, out, weight)
+
+    def encode_feedback(self, grad: np.ndarray, residual: np.ndarray, out: np.ndarray, *, step: int = 0, offset: int = 0,
+                        stream: int = 0) -> int:
+        """Not offered: one feedback is enough.
+
+        Raises:  ConfigError.
+        """
+        raise ConfigError(f"{self.name} has error feedback already")
+
+    def exchange(self, x: np.ndarray, all_reduce: Callable[[np.ndarray], None], num_ranks: int, *, step: int = 0) -> None:
+        """As the contract. The residual is what this rank gave less the mean that all got: summed over the ranks, exact."""
+        residual = self._residual_of(0, x.size)
+        grad = x.copy()
+        with np.errstate(over="ignore", invalid="ignore"):
+            x += residual
+        self.inner.exchange(x, all_reduce, num_ranks, step=step)
+        settle_array(grad, residual, x)
+
+    def commit(self) -> None:
+        """The step counts: forget what it overwrote."""
+        self._touched, self._inner_before = [], None
+
+    def rollback(self) -> None:
+        """The step never happened: the residual, and the inner compressor's state, are as the last commit left them.
+
+        Raises:  ConfigError for an instance without `undo`.
+        """
+        if self._before is None:
+            raise ConfigError("this error feedback keeps nothing to go back to: pass undo=True")
+        for piece in self._touched:
+            self.residual[piece] = self._before[piece]
+        if self._inner_before is not None:
+            self.inner.load_state_dict(self._inner_before)
+        self.commit()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"residual": self.residual.copy(), "inner": self.inner.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if set(state) != {"residual", "inner"}:
+            raise ConfigError(f"this is no state of error feedback: {sorted(state)}")
+        residual = np.asarray(state["residual"], np.float32)
+        if residual.shape != self.residual.shape:
+            raise ShapeError(f"the residual has shape {residual.shape}, the bucket {self.residual.shape}")
+        self.inner.load_state_dict(state["inner"])
+        self.residual[:] = residual
+        self.commit()
+
+    def _residual_of(self, offset: int, num_elems: int) -> np.ndarray:
+        piece = slice(offset, offset + num_elems)
+        if not 0 <= offset <= self.residual.size - num_elems:
+            raise ShapeError(f"elements {offset} to {piece.stop} of a bucket of {self.residual.size}")
+        if self._before is not None:
+            if self._inner_before is None and self.inner.stateful:
+                self._inner_before = self.inner.state_dict()
+            self._before[piece] = self.residual[piece]
+            self._touched.append(piece)
+        return self.residual[piece]
