@@ -57,8 +57,8 @@ def cases(n: int, k: int) -> Iterator[tuple[str, int, dict[str, Callable[[], obj
     def absorb_in_torch() -> None:
         total = torch.from_numpy(residual).add_(tensor)
         total[torch.topk(total.abs(), k, sorted=False).indices] = 0
-    yield "residual + x, top k, settle", 20 * n + 8 * k, ours(lambda: sparsify.absorb(residual, x, k, chosen, values)) | {
-        "torch": absorb_in_torch}
+    yield "residual + x, top k, settle", 20 * n + 8 * k, ours(
+        lambda: sparsify.absorb(residual, x, k, chosen, values)) | {"torch": absorb_in_torch}
     yield "random subset", 4 * k, ours(lambda: sparsify.draw(n, k / n, 1, chosen)) | {
         "torch.rand < p": lambda: torch.nonzero(torch.rand(n) < k / n)}
     sparsify._force_isa()
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
                 record["rows"].append({"what": what, "k": k, "how": name, "seconds": taken._asdict()})
                 lines.append([f"{ratio:g}", what, name, *map(human_time, taken), f"{nbytes / taken.median / 1e9:.1f}",
                               human_ratio(taken.median / first)])
-    print(f"\n{options.elements} float32, normal. GB/s of what must move at least; \"times\" is to the first of its group.")
+    print(f"\n{options.elements} float32, normal. GB/s of what must move at least; \"times\": the first of its group.")
     print(table(["ratio", "what", "how", "min", "median", "max", "GB/s", "times"], lines, left=3))
     if options.json:
         with open(options.json, "w") as file:

@@ -10,7 +10,7 @@
 typedef float __attribute__((may_alias)) fc_f32;
 typedef uint32_t __attribute__((may_alias)) fc_u32;
 
-enum { FC_KEY_NAN = 0x7f800001, FC_KEY_END = 0x7f800002 };
+enum { FC_KEY_INF = 0x7f800000, FC_KEY_NAN = 0x7f800001, FC_KEY_END = 0x7f800002 };
 #define FC_NAN_BITS 0x7fc00000u  // the one NaN that our arithmetic makes (fc_reduce.h)
 enum { FC_SIEVE_SLACK = 16 };        // lanes that packing may write past what it keeps
 

@@ -1,4 +1,4 @@
-# C1: ascending indices <-> few bits: gaps between neighbours in blocks of 256, each with the Rice parameter that suits it.
+# C1: ascending indices <-> few bits: gaps between neighbours, in blocks of 256 with the Rice parameter that suits each.
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t
 

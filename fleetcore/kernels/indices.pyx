@@ -21,7 +21,7 @@ cdef extern from *:
 cdef enum:
     BLOCK = 256         # 1.5 bytes of overhead: 0.05 bits per index. Fewer cost more, more follow the data less well
     MOST_BITS = 31
-    # A parameter of floor(log2(mean gap)) leaves less than 3 bits of unary per gap, and pack chooses none that is worse.
+    # A parameter of floor(log2(mean gap)) leaves less than 3 bits of unary per gap; pack chooses none that is worse.
     SCRATCH = 1 + (BLOCK * (MOST_BITS + 3) + 7) // 8 + 1 + 16
 
 

@@ -29,7 +29,7 @@ cdef extern from "fc_sparsify.h" nogil:
         size_t (*draw)(uint32_t first, size_t n, uint32_t key0, uint32_t key1, uint32_t last, uint32_t *idx,
                        size_t room) noexcept nogil
     enum:
-        FC_KEY_NAN, FC_KEY_END, FC_NAN_BITS
+        FC_KEY_INF, FC_KEY_NAN, FC_KEY_END, FC_NAN_BITS
     void fc_sieve_fill()
     int fc_sieve_best()
     const fc_sieve *fc_sieve_of(int level)
@@ -214,14 +214,12 @@ cdef inline float rounding_error(float x, float y, float sum) noexcept nogil:
     return (x - (sum - rest)) + (y - rest)
 
 
-cdef size_t absorb_top_k(float *residual, const float *gradient, size_t n, size_t k, uint32_t *indices, float *values,
-                         size_t room) noexcept nogil:
+cdef void leave_rest(float *residual, const float *gradient, size_t n, const uint32_t *indices, const float *values,
+                     size_t k) noexcept nogil:
+    # residual += gradient where that is finite; at the ascending indices, whose sums are `values`, what rounding lost.
     cdef float errors[BLOCK]
     cdef size_t start = 0, here, chosen = 0, i
     cdef uint32_t at
-    cdef Source source
-    source.x, source.y, source.n = residual, gradient, n
-    k = select(&source, k, indices, values, room)
     while start < n:
         here = 0
         while chosen + here < k and indices[chosen + here] < start + BLOCK:
@@ -234,7 +232,32 @@ cdef size_t absorb_top_k(float *residual, const float *gradient, size_t n, size_
                 residual[indices[i]] = errors[i - chosen]
         chosen += here
         start += BLOCK
+
+
+cdef size_t absorb_top_k(float *residual, const float *gradient, size_t n, size_t k, uint32_t *indices, float *values,
+                         size_t room) noexcept nogil:
+    cdef Source source
+    source.x, source.y, source.n = residual, gradient, n
+    k = select(&source, k, indices, values, room)
+    leave_rest(residual, gradient, n, indices, values, k)
     return k
+
+
+cdef size_t absorb_chosen(float *residual, const float *gradient, size_t n, const uint32_t *indices, float *values,
+                          size_t k) noexcept nogil:
+    cdef float scratch[BLOCK]
+    cdef size_t start = 0, here, wild = 0, j
+    cdef Source source
+    source.x, source.y, source.n = residual, gradient, n
+    while start < n:
+        here = min(<size_t> BLOCK, n - start)
+        wild += sieve.count(read(&source, start, here, scratch), here, FC_KEY_INF - 1)
+        start += here
+    if wild == 0:
+        for j in range(k):
+            values[j] = residual[indices[j]] + gradient[indices[j]]
+        leave_rest(residual, gradient, n, indices, values, k)
+    return wild
 
 
 cdef void settle_sent(float *residual, const float *gradient, const uint32_t *indices, const float *values,
@@ -365,6 +388,33 @@ def absorb(float[::1] residual, const float[::1] gradient, Py_ssize_t k, uint32_
     return n
 
 
+def absorb_at(float[::1] residual, const float[::1] gradient, const uint32_t[::1] indices, float[::1] values):
+    """As absorb, at indices that the caller has chosen; return how many sums are not finite. GIL released.
+
+    With such a sum, anywhere, nothing is changed: a step that has to be skipped must say so, and the caller see to it.
+
+    Args:    residual, gradient: (n,) float32.  indices: (k,) uint32, strictly ascending.  values: (k,) float32.
+    Raises:  ShapeError when indices do not ascend or are not below n, or for sizes or overlap; ValueError for dtypes.
+    """
+    cdef size_t n = residual.shape[0], k = indices.shape[0], j
+    if gradient.shape[0] != residual.shape[0]:
+        raise ShapeError(f"residual has {residual.shape[0]} elements, gradient {gradient.shape[0]}")
+    if values.shape[0] != indices.shape[0]:
+        raise ShapeError(f"{indices.shape[0]} indices, but room for {values.shape[0]} values")
+    for j in range(1, k):
+        if indices[j - 1] >= indices[j]:
+            raise ShapeError("indices must ascend strictly")
+    if k and indices[k - 1] >= n:
+        raise ShapeError(f"an index is not below {n}")
+    check_apart(&residual[0], n * 4, &gradient[0], n * 4)
+    check_apart(&values[0], k * 4, &residual[0], n * 4)
+    check_apart(&values[0], k * 4, &gradient[0], n * 4)
+    check_apart(&values[0], k * 4, &indices[0], k * 4)
+    with nogil:
+        n = absorb_chosen(&residual[0], &gradient[0], n, &indices[0], &values[0], k)
+    return n
+
+
 def settle(float[::1] residual, const float[::1] gradient, const uint32_t[::1] indices, const float[::1] values,
            const float[::1] sent):
     """After absorb, when what is sent differs from `values`: residual[indices] += values - sent. GIL released.
@@ -482,4 +532,26 @@ def add_values(float[::1] out, const uint32_t[::1] indices, const float[::1] val
     with nogil:
         rc = scatter_add(&out[0], n, &indices[0], &values[0], k)
     if rc != OK:
+        raise ShapeError(f"an index is not below {n}")
+
+
+def put_values(float[::1] out, const uint32_t[::1] indices, const float[::1] values):
+    """out = 0; out[indices[j]] = values[j], bit by bit. GIL released.
+
+    Raises:  ShapeError when an index is not below n, or sizes differ, and nothing was written; ValueError for dtypes.
+    """
+    cdef size_t n = out.shape[0], k = indices.shape[0], j
+    cdef uint32_t *words = <uint32_t *> &out[0]
+    cdef bint fits
+    if values.shape[0] != indices.shape[0]:
+        raise ShapeError(f"{indices.shape[0]} indices, but {values.shape[0]} values")
+    check_apart(&out[0], n * 4, &indices[0], k * 4)
+    check_apart(&out[0], n * 4, &values[0], k * 4)
+    with nogil:
+        fits = all_below(&indices[0], k, n)
+        if fits:
+            memset(words, 0, n * 4)
+            for j in range(k):
+                words[indices[j]] = (<const uint32_t *> &values[0])[j]
+    if not fits:
         raise ShapeError(f"an index is not below {n}")

@@ -236,7 +236,32 @@ def test_settle_takes_back_what_rounding_for_the_wire_lost(isa):
     assert residual[7] == before[7]
 
 
+@pytest.mark.parametrize("n", [0, 1, 2049, 5000])
+def test_absorb_at_is_absorb_with_the_choice_made(isa, n):
+    residual, gradient = (np.random.default_rng(seed).standard_normal(n).astype(np.float32) for seed in (1, 2))
+    other, k = residual.copy(), n // 7
+    indices, values, again = np.zeros(k, np.uint32), np.zeros(k, np.float32), np.zeros(k, np.float32)
+    sparsify.absorb(residual, gradient, k, indices, values)
+    assert sparsify.absorb_at(other, gradient, indices, again) == 0
+    assert other.tobytes() == residual.tobytes() and again.tobytes() == values.tobytes()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
+def test_absorb_at_changes_nothing_when_any_sum_is_not_finite(isa, bad):
+    residual, gradient = np.full(3000, 3e38, np.float32), np.zeros(3000, np.float32)
+    gradient[[5, 2999]] = bad
+    before, values = residual.copy(), np.full(2, 7, np.float32)
+    assert sparsify.absorb_at(residual, gradient, np.array([1, 2], np.uint32), values) == 2
+    assert residual.tobytes() == before.tobytes() and (values == 7).all()
+
+
 # Into a dense array and out of it
+
+def test_put_values_clears_the_rest_and_keeps_every_bit():
+    out = np.full(9, 7, np.float32)
+    sparsify.put_values(out, np.array([8, 2, 3], np.uint32), bits(0x80000000, 0x7F800001, 1))
+    assert out.view(np.uint32).tolist() == [0, 0, 0x7F800001, 1, 0, 0, 0, 0, 0x80000000]
+
 
 def test_gather_and_sparse_sum_in_order_with_repeats():
     x = np.random.default_rng(2).standard_normal(100).astype(np.float32)
@@ -264,7 +289,9 @@ def test_an_index_outside_writes_nothing(bad):
     x, indices = np.ones(3, np.float32), np.array([0, bad, 1], np.uint32)
     out = np.full(3, 7, np.float32)
     for call in (lambda: sparsify.gather_values(x, indices, out), lambda: sparsify.add_values(x, indices, out),
-                 lambda: sparsify.settle(x, x.copy(), indices, out, out)):
+                 lambda: sparsify.put_values(x, indices, out),
+                 lambda: sparsify.settle(x, x.copy(), indices, out, out),
+                 lambda: sparsify.absorb_at(x, x.copy(), np.sort(indices), out)):
         with pytest.raises(ShapeError, match="an index is not below 3"):
             call()
     assert (out == 7).all() and (x == 1).all()
@@ -351,6 +378,9 @@ def test_wrong_arguments_are_named():
         sparsify.settle(x, values, indices, values, values)
     with pytest.raises(ShapeError, match="4 indices, but 4 values and 3 sent"):
         sparsify.settle(x, x.copy(), indices, values, values[:3])
+    for wrong in ([1, 1, 2, 3], [1, 3, 2, 4]):
+        with pytest.raises(ShapeError, match="indices must ascend strictly"):
+            sparsify.absorb_at(x, x.copy(), np.array(wrong, np.uint32), values)
     for k in (0, 11):
         with pytest.raises(ShapeError, match="k must be in 1..10"):
             sparsify.threshold(x, k)
