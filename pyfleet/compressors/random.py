@@ -5,8 +5,8 @@ import math
 import struct
 
 import numpy as np
-from fleetcore.kernels import sparsify
 
+from fleetcore.kernels import sparsify
 from pyfleet.compressors.base import Compressor, between, check_flag, room
 from pyfleet.errors import ShapeError
 
@@ -15,26 +15,26 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 class Random(Compressor):
-    """Every element with probability p, whatever its value; the others decode to 0.
+    """Every element with probability `ratio`, whatever its value; the others decode to 0.
 
     Which ones is a function of (seed, step, index in the bucket) alone, so that ranks choose the same and sums are as
     sparse as their terms. An encoding is 16 bytes and the values as `values` codes them, float32 without it. When
     anything in x is not finite, chosen or not, all of it decodes to NaN: chance must not hide that the step went wrong.
 
-    Args:    p: 0 < p <= 1, rounded to a multiple of 2^-32.  seed: the same on every rank, 0 <= seed < 2^64.
-             unbiased: send x / p, so that the expectation of what arrives is x. Under error feedback x itself is sent,
-             always: the residual of x / p would grow with every step.
+    Args:    ratio: 0 < ratio <= 1, rounded to a multiple of 2^-32.  seed: the same on every rank, 0 <= seed < 2^64.
+             unbiased: send x / ratio, so that the expectation of what arrives is x. Error feedback sends x all the
+             same: what is missing is made up for later, and the residual of x / ratio would grow with every step.
              values: what codes the values.
     Source:  Konecny et al. 2016, arXiv:1610.05492 (random masks); Stich et al. 2018, arXiv:1809.07599 (with feedback).
     """
 
     kind, route, takes_values = "random", "gather", True
 
-    def __init__(self, p: float = 0.1, seed: int = 0, unbiased: bool = True, values: Compressor | None = None):
-        between(self.kind, "p", p, 0, 1, above=True)
+    def __init__(self, ratio: float = 0.1, seed: int = 0, unbiased: bool = False, values: Compressor | None = None):
+        between(self.kind, "ratio", ratio, 0, 1, above=True)
         between(self.kind, "seed", seed, 0, 2**64 - 1, integer=True)
-        super().__init__(p=p, seed=seed, unbiased=check_flag(self.kind, "unbiased", unbiased), values=values)
-        self._p = max(1, math.floor(p * 2**32 + 0.5)) / 2**32
+        super().__init__(ratio=ratio, seed=seed, unbiased=check_flag(self.kind, "unbiased", unbiased), values=values)
+        self._p = max(1, math.floor(ratio * 2**32 + 0.5)) / 2**32
         self._values = values
 
     def most_kept(self, n: int) -> int:
@@ -101,7 +101,8 @@ class Random(Compressor):
         if self._values is None:
             np.copyto(body, values.view(np.uint8))
         else:
-            self._values.encode(values, body, step=step, offset=offset, stream=stream)
+            start = offset // self._values.block * self._values.block       # it may begin at its blocks only
+            self._values.encode(values, body, step=step, offset=start, stream=stream)
         return _HEADER.size + used
 
     def _read(self, data: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray] | None:

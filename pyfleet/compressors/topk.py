@@ -3,11 +3,10 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
-from fleetcore.kernels import indices, sparsify
 
+from fleetcore.kernels import indices, sparsify
 from pyfleet.compressors.base import Compressor, between, room
 from pyfleet.errors import ConfigError, CorruptData, ShapeError
 
@@ -52,7 +51,7 @@ class TopK(Compressor):
         room(out, self.wire_bytes(x.size))
         chosen, values = self._room_for(x.size)
         k = sparsify.top_k(x, self.num_kept(x.size), chosen, values)
-        return self._write(chosen[:k], values[:k], out, step=step, offset=offset, stream=stream)
+        return self._write(chosen[:k], values[:k], out, step, offset, stream)
 
     def encode_feedback(self, grad: np.ndarray, residual: np.ndarray, out: np.ndarray, *, step: int = 0,
                         offset: int = 0, stream: int = 0) -> int:
@@ -60,7 +59,7 @@ class TopK(Compressor):
         chosen, values = self._room_for(grad.size)
         k = sparsify.absorb(residual, grad, self.num_kept(grad.size), chosen, values)
         chosen, values = chosen[:k], values[:k]
-        written = self._write(chosen, values, out, step=step, offset=offset, stream=stream)
+        written = self._write(chosen, values, out, step, offset, stream)
         if self._values is not None and self._values.lossy:
             sparsify.settle(residual, grad, chosen, values, self._read_values(out, k))
         return written
@@ -85,12 +84,14 @@ class TopK(Compressor):
             self._scratch = (np.empty(num, np.uint32), np.empty(num, np.float32))
         return self._scratch
 
-    def _write(self, chosen: np.ndarray, values: np.ndarray, out: np.ndarray, **chance: Any) -> int:
+    def _write(self, chosen: np.ndarray, values: np.ndarray, out: np.ndarray, step: int, offset: int,
+               stream: int) -> int:
         used = self._value_bytes(values.size)
         if self._values is None:
             np.copyto(out[:used], values.view(np.uint8))
         else:
-            self._values.encode(values, out[:used], **chance)
+            start = offset // self._values.block * self._values.block       # it may begin at its blocks only
+            self._values.encode(values, out[:used], step=step, offset=start, stream=stream)
         return used + indices.encode(chosen, out[used:])
 
     def _read_values(self, data: np.ndarray, k: int) -> np.ndarray:

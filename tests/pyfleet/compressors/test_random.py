@@ -14,14 +14,14 @@ from tests.pyfleet.compressors.test_topk import array, decoded, encoded
 @pytest.mark.parametrize("n", [0, 1, 7, 1000, 50_000])
 def test_the_chosen_arrive_divided_by_p_and_the_others_as_zero(p, n):
     x = array(n) + np.float32(10)
-    compressor = Random(p=p, seed=5)
+    compressor = Random(ratio=p, seed=5, unbiased=True)
     data = encoded(compressor, x, step=3)
     out = decoded(compressor, data, n)
     chosen = np.flatnonzero(out)
     np.testing.assert_array_equal(out[chosen], x[chosen] / np.float32(round(p * 2**32) / 2**32))
     assert len(data) == 16 + 4 * chosen.size <= compressor.wire_bytes(n)
     assert abs(chosen.size - n * p) <= 6 * np.sqrt(n * p * (1 - p))
-    plain = Random(p=p, seed=5, unbiased=False)
+    plain = Random(ratio=p, seed=5)
     np.testing.assert_array_equal(decoded(plain, encoded(plain, x, step=3), n)[chosen], x[chosen])
 
 
@@ -29,7 +29,7 @@ def test_the_chosen_arrive_divided_by_p_and_the_others_as_zero(p, n):
 def test_the_expectation_is_the_array():
     n, p, steps = 500, 0.2, 4000
     x, total = array(n), np.zeros(n)
-    compressor = Random(p=p, seed=1)
+    compressor = Random(ratio=p, seed=1, unbiased=True)
     for step in range(steps):
         total += decoded(compressor, encoded(compressor, x, step=step), n)
     sigma = np.abs(x) * np.sqrt((1 - p) / p / steps)
@@ -38,7 +38,7 @@ def test_the_expectation_is_the_array():
 
 
 def mask(seed, step, stream, n, offset=0):
-    compressor = Random(p=0.1, seed=seed)
+    compressor = Random(ratio=0.1, seed=seed)
     data = encoded(compressor, np.ones(n, np.float32), step=step, stream=stream, offset=offset)
     return decoded(compressor, data, n) != 0
 
@@ -56,7 +56,7 @@ def test_the_mask_is_of_seed_and_step_alone():
 
 def summed(n):
     rank, size = pyfleet.rank(), pyfleet.world_size()
-    compressor = parse_spec("random(p=0.05)+fp16")
+    compressor = parse_spec("random(ratio=0.05, unbiased=true)+fp16")
     slot = -(-compressor.wire_bytes(n) // 4) * 4          # encodings begin at multiples of 4 bytes
     slots, used = np.zeros((size, slot), np.uint8), np.zeros(size, np.int64)
     used[rank] = compressor.encode(array(n, rank) + np.float32(20), slots[rank], step=9, stream=rank)
@@ -79,8 +79,7 @@ def test_ranks_choose_the_same_elements(ranks):
 
 
 @pytest.mark.feature("P28")
-@pytest.mark.parametrize("spec", ["random(p=0.1)", "random(p=0.1, unbiased=False)", "random(p=0.1)+fp16",
-                                  "random(p=1.0)"])
+@pytest.mark.parametrize("spec", ["random", "random(unbiased=True)", "random+fp16", "random(ratio=1.0)"])
 def test_feedback_sends_the_values_themselves_and_leaves_nothing_out(spec):
     n, steps = 2000, 60
     compressor, residual = parse_spec(spec), np.zeros(n, np.float32)
@@ -90,7 +89,7 @@ def test_feedback_sends_the_values_themselves_and_leaves_nothing_out(spec):
         used = compressor.encode_feedback(grad, residual, out, step=step)
         values = decoded(compressor, out[:used], n)
         np.testing.assert_array_equal(residual, (before.astype(np.float64) + grad - values).astype(np.float32))
-        assert np.abs(values).max() < 50                # bounded: x / p would have grown without end
+        assert np.abs(values).max() < 50                # bounded: x / ratio would have grown without end
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -109,7 +108,7 @@ def test_chance_does_not_hide_what_is_not_finite(bad):
 
 
 @pytest.mark.parametrize("params,told", [
-    ({"p": 0}, "random: p must be a number > 0 and <= 1"), ({"p": 1.5}, "p must be"), ({"p": -1}, "p must be"),
+    ({"ratio": 0}, "random: ratio must be a number > 0 and <= 1"), ({"ratio": 1.5}, "<= 1"), ({"ratio": -1}, "> 0"),
     ({"seed": -1}, "seed must be an integer >= 0"), ({"unbiased": 1}, "unbiased must be True or False"),
 ])
 def test_parameters_out_of_range_are_named(params, told):
@@ -118,7 +117,7 @@ def test_parameters_out_of_range_are_named(params, told):
 
 
 def test_bytes_that_are_no_encoding_are_refused():
-    compressor = Random(p=0.5)
+    compressor = Random(ratio=0.5)
     data = encoded(compressor, array(100))
     for wrong in (data[:0], data[:15], data[:-4], np.append(data, np.zeros(4, np.uint8))):
         with pytest.raises(ShapeError):
