@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fleetcore.errors import DType, ReduceOp
-from fleetcore.kernels import cast, checksum, reduce
+from fleetcore.kernels import cast, checksum, quantize, reduce
 
 SIZES = {"256K": 1 << 18, "64M": 1 << 26}   # one chunk between hosts (fits L2); a bucket that fits no cache
 TORCH = {
@@ -89,6 +89,21 @@ def cast_rows(nbytes):
             yield f"torch copy_ {name}", "rival", moved, to.copy_, source
 
 
+def quantize_rows(nbytes):
+    """As they run in a step; bench.compress has the rivals, and whole compressors."""
+    source, total, residual = (array(nbytes, DType.FLOAT32, seed)[1].numpy() for seed in range(3))
+    for name, code, key in (("int8", 8, None), ("int8 random", 8, 1), ("int7", 7, None), ("int4", 4, None),
+                            ("sign", quantize.SIGN, None), ("fp8", quantize.FP8, None)):
+        out = np.zeros(quantize.encoding_bytes(code, source.size), np.uint8)
+        moved = nbytes + out.nbytes
+        for isa in levels(quantize):
+            yield f"encode {name}", isa, moved, quantize.encode_array, code, source, out, key
+            yield f"encode feedback {name}", isa, moved + 2 * nbytes, quantize.encode_feedback_array, code, source, residual, out, key
+            if key is None:
+                yield f"decode {name}", isa, moved, quantize.decode_array, code, out, total
+                yield f"decode add {name}", isa, moved + nbytes, quantize.decode_add_array, code, out, total
+
+
 def checksum_rows(nbytes):
     data, _ = array(nbytes, DType.UINT8)
     for isa in levels(checksum):
@@ -105,7 +120,7 @@ def rows(only=""):
                 [("memory copy", "bound", 2 * nbytes, np.copyto, target, source)],
                 reduce_rows(nbytes), reduce_rows(nbytes, floats, ReduceOp.MEAN),
                 reduce_rows(nbytes, floats, ReduceOp.MIN), reduce_rows(nbytes, floats, num_srcs=8),
-                cast_rows(nbytes), checksum_rows(nbytes)):
+                cast_rows(nbytes), quantize_rows(nbytes), checksum_rows(nbytes)):
             if only in what or isa == "bound":
                 yield what, size, isa, measure(moved, *call)
 

@@ -75,13 +75,17 @@ FC_INLINE float fc_float_of(uint32_t bits)
 FC_INLINE uint32_t fc_end(int code, int stochastic)
 {
     if (code == FC_CODE_FP8) return 0x7f780000u;         // 248 * 2^120, which rounds to 2^128
+    if (code == 2) return 0x7e000000u;                   // 2^125 and 3 * 2^125: the scale's inverse would be a denormal
+    if (code == 3) return 0x7ec00000u;
     return stochastic ? 0x7f7fffc0u : FC_INF_BITS;       // room for the wider scale below
 }
 
 #define FC_NAN fc_float_of(0x7fc00000u)
 
-// 2^-125: its inverse is finite, and elements so small that some processors take them for zero round to zero anyway.
+// Scales are such that no value is a denormal, which threads that flush them would decode to zero, and that denormals
+// round to zero even where they are not flushed. The smallest value above zero is the scale, for fp8 2^-9 of it.
 #define FC_LEAST_SCALE 0x1p-125f
+#define FC_LEAST_FP8_FIELD 11       // exponent field of 2^-116
 
 FC_INLINE float fc_int_scale(int bits, uint32_t largest, int stochastic)
 {
@@ -95,7 +99,7 @@ FC_INLINE float fc_int_scale(int bits, uint32_t largest, int stochastic)
 FC_INLINE float fc_fp8_scale(uint32_t largest)
 {
     int exponent = (int)(largest >> 23) - 8 + ((largest & 0x7fffffu) > 0x600000u);
-    return fc_float_of((uint32_t)(exponent < 2 ? 2 : exponent) << 23);        // 2 stands for 2^-125
+    return fc_float_of((uint32_t)(exponent < FC_LEAST_FP8_FIELD ? FC_LEAST_FP8_FIELD : exponent) << 23);
 }
 
 FC_INLINE uint64_t fc_mix64(uint64_t v)  // the finaliser of splitmix64, Steele et al. 2014

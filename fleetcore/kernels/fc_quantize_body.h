@@ -63,7 +63,8 @@ FC_INLINE float FC_ISA(sign_scale)(const fc_f32 *x, size_t count, uint32_t large
 {
     float mean = FC_ISA(mean_magnitude)(x, count, 1.0f), most = fc_float_of(largest);
     if (fc_bits_of(mean) >= FC_INF_BITS) mean = FC_ISA(mean_magnitude)(x, count, 0x1p-9f);    // 256 of them overflowed
-    return mean < most ? mean : most;
+    mean = mean < most ? mean : most;
+    return mean < FC_LEAST_SCALE ? 0.0f : mean;
 }
 
 // x in units of the scale, as a code in the low bits

@@ -2,8 +2,9 @@
 #
 # A code is a number of bits (1: sign and mean magnitude; 2 to 8: integers of that width, scaled) or FP8 (float8 e4m3,
 # scaled). Blocks of 256 elements share a float32 scale; fc_quantize.h has the layout. A block that holds a NaN or an
-# infinity has the scale NaN and decodes to NaN altogether. Random rounding takes the last 2^-17 of float32's range for
-# infinite, FP8 the last 1/32: rounded up they would be.
+# infinity has the scale NaN and decodes to NaN altogether. Magnitudes that could not be scaled or would be rounded up to
+# infinity count as infinite: FP8 from 31 * 2^123 on, 2 bits from 2^125 on, 3 bits from 3 * 2^125 on, random rounding within
+# 2^-17 of float32's end.
 from libc.stddef cimport size_t
 from libc.stdint cimport uint64_t, uint8_t
 

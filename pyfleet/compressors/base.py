@@ -97,8 +97,8 @@ class Compressor(ABC):
 
         Args:    x: (n,) float32; left as it was.  out: uint8, >= wire_bytes(n).
                  step, offset, stream: what chance may depend on besides the `seed` parameter: the number of the step, the
-                 index of x[0] in the bucket, and who encodes (the rank; another number for the owner of a sum). Kinds
-                 whose ranks must agree on a choice leave `stream` out of it.
+                 index of x[0] in the bucket (a multiple of `block`), and who encodes (the rank; another number for the
+                 owner of a sum). Kinds whose ranks must agree on a choice leave `stream` out of it.
         Raises:  ShapeError for arrays that are not as the class says, or an `out` that is too small.
         """
 

@@ -9,6 +9,7 @@ class Quantize(BlockCode):
 
     An element is off by at most half a step, largest / (2 ** (num_bits - 1) - 1) / 2, to nearest even; by less than a
     step when `stochastic`, but its expectation is then the element itself. One bit is the sign: see Sign.
+    With 2 bits, magnitudes from 2 ** 125 on count as infinite, with 3 bits from 3 * 2 ** 125 on.
 
     Args:    num_bits: 1 to 8.  stochastic: round up or down at random.  seed: of that, 0 to 2**64 - 1.
     Raises:  ConfigError.

@@ -39,6 +39,8 @@ SIGNATURES = {
     "Trainer": "model, dataset, training_config=None, cluster_config=None, loss_fn=None, optimizer=None, eval_dataset=None, "
                "callbacks=(), *, engine=None",
     "balance_workload": "task_costs, world_size",
+    "GradientCompressor": "compression='none', error_feedback=False, **parameters",
+    "quantize_gradients": "g, num_bits=8",
 }
 ERRORS = ("AuthFailed", "ConfigError", "Evicted", "NotEnoughPeers", "OutOfStep", "PeerLost", "ShapeError", "Timeout")
 
