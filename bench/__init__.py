@@ -9,5 +9,6 @@ BENCHMARKS = {
     "allreduce": "bench.allreduce",
     "compress": "bench.compress",
     "links": "bench.links",
+    "sparsify": "bench.sparsify",
     "waiting": "bench.waiting",
 }

@@ -20,7 +20,7 @@ _HOMES = {
         "all_to_all", "barrier", "broadcast", "broadcast_object", "empty", "from_numpy", "gather", "irecv", "isend",
         "new_group", "recv", "reduce", "reduce_scatter", "register", "ring_all_reduce", "scatter", "send", "zeros",
     ),
-    "pyfleet.compression": ("GradientCompressor", "quantize_gradients"),
+    "pyfleet.compression": ("GradientCompressor", "quantize_gradients", "sparsify_gradients"),
     "pyfleet.context": ("DistributedContext",),
     "pyfleet.data": ("DataPartitioner", "balance_workload", "seed_all"),
     "pyfleet.sampling": ("DistributedSampler",),

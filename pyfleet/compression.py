@@ -152,6 +152,17 @@ def quantize_gradients(g: Any, num_bits: int = 8) -> Any:
     return compressor.decompress(compressor.compress(g))
 
 
+def sparsify_gradients(g: Any, sparsity: float = 0.99) -> Any:
+    """g with all but its largest elements set to 0: a new array of the same library, shape and dtype.
+
+    Args:    g: a numpy array or torch tensor of floating point.
+             sparsity: the share that is dropped, 0 <= sparsity < 1; ceil((1 - sparsity) * n) of n elements stay.
+    Raises:  ConfigError, DTypeError.
+    """
+    compressor = GradientCompressor("topk", sparsity=sparsity)
+    return compressor.decompress(compressor.compress(g))
+
+
 def _chain(compressor: Compressor) -> list[Compressor]:
     values = compressor.params.get("values")
     return [compressor] + (_chain(values) if values is not None else [])

@@ -6,4 +6,6 @@ KERNELS = {
     "quantize": "fleetcore.kernels.quantize",
     "copy": "fleetcore.kernels.copy",
     "checksum": "fleetcore.kernels.checksum",
+    "sparsify": "fleetcore.kernels.sparsify",
+    "indices": "fleetcore.kernels.indices",
 }

@@ -19,6 +19,9 @@ COMPRESSORS = {
     "fp8": "pyfleet.compressors.fp8:Float8",
     "quantize": "pyfleet.compressors.quantize:Quantize",
     "sign": "pyfleet.compressors.sign:Sign",
+    "topk": "pyfleet.compressors.topk:TopK",
+    "random": "pyfleet.compressors.random:Random",
+    "powersgd": "pyfleet.compressors.powersgd:PowerSGD",
 }
 # Other spellings -> (kind, parameters they stand for).
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -104,6 +104,19 @@ def test_quantize_gradients_is_off_by_half_a_step_at_most(num_bits):
 
 
 @pytest.mark.feature("C77")
+@pytest.mark.feature("C78")
+@pytest.mark.parametrize("sparsity,kept", [(0.99, 20), (0.9, 200), (0.0, 2000), (0.9999, 1)])
+def test_sparsify_gradients_keeps_the_largest_and_nothing_else(sparsity, kept):
+    g = normal(2000).reshape(40, 50)
+    back = pyfleet.sparsify_gradients(g, sparsity)
+    largest = np.sort(np.argsort(-np.abs(g.ravel()), kind="stable")[:kept])
+    np.testing.assert_array_equal(np.flatnonzero(back), largest)
+    np.testing.assert_array_equal(back.ravel()[largest], g.ravel()[largest])
+    tensor = pyfleet.sparsify_gradients(torch.from_numpy(g).requires_grad_(), sparsity)
+    assert tensor.shape == (40, 50) and tensor.numpy().tobytes() == back.tobytes()
+    np.testing.assert_array_equal(pyfleet.sparsify_gradients(g), pyfleet.sparsify_gradients(g, sparsity=0.99))
+
+
 def test_quantize_gradients_refuses_other_widths():
     for num_bits in (0, 9, 2.5, "8"):
         with pytest.raises(ConfigError, match="num_bits must be an integer >= 1 and <= 8"):
