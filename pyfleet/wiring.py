@@ -5,24 +5,29 @@ import contextlib
 import hashlib
 import hmac
 import json
+import logging
 import os
 import secrets
-import selectors
 import socket
 import struct
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import psutil
 from fleetcore.arena import Arena
 from fleetcore.domain import Domain, board_bytes
 from fleetcore.executor import Executor
+from fleetcore.transports.secure import RECORD_BYTES, SecureLink
 from fleetcore.transports.tcp import TcpLink
 
 from pyfleet.config import ClusterConfig
+from pyfleet.connections import BACKLOG, Address, Credentials, Deadline, Proven, accept, dial
 from pyfleet.errors import ConfigError, FleetError, NotEnoughPeers, PeerLost
+from pyfleet.identity import Namespace, NodeKey, ciphers
+from pyfleet.identity.handshake import MEETING_BYTES, Kind
+from pyfleet.identity.keys import Unwritable, home_folder
+from pyfleet.identity.namespace import derive
 from pyfleet.members import PROTOCOL, Member
 from pyfleet.placement import num_cores
 from pyfleet.rendezvous.base import Store
@@ -31,20 +36,9 @@ SPIN_NS = 20_000                    # about the cost of sleeping and being woken
 LARGEST_ARENA = 64 << 30            # address space, not memory
 SMALLEST_ARENA = 256 << 20
 FDS_PER_MESSAGE = 64                # the kernel takes 253
-HELLO = struct.Struct("!4s32sII")   # magic, token, rank, kind
-MAGIC = b"FLH1"
-DATA, CONTROL = 0, 1
+NOTICE_RECORD_BYTES = 4096          # control connections carry notices of a few hundred bytes
 
-
-class Deadline:
-    """A point in time that the steps of a meeting share."""
-
-    def __init__(self, seconds: float):
-        self.seconds, self.end = seconds, time.monotonic() + seconds
-
-    def left(self) -> float:
-        """Seconds until then, never negative."""
-        return max(0.0, self.end - time.monotonic())
+log = logging.getLogger("pyfleet.links")
 
 
 def host_id() -> str:
@@ -221,94 +215,100 @@ def _read(sock, size):
 # ---- ranks of several hosts ------------------------------------------------------------------------------------------
 
 
-def open_links(store: Store, members: list[Member], rank: int, cluster: ClusterConfig, deadline: Deadline) -> Executor:
+def open_links(store: Store, members: list[Member], rank: int, cluster: ClusterConfig, deadline: Deadline,
+               namespace: Namespace | None = None) -> Executor:
     """Connect to every rank: one connection for data, one for notices of failure.
 
-    Each rank connects to the lower ones and accepts the higher ones; a connection counts once it has shown the token
-    that rank 0 left in the store.
-
-    Raises:  NotEnoughPeers at the deadline, ConfigError.
+    Args:    namespace: whose secret the ranks must know; None: that of the meeting place will do.
+    Raises:  NotEnoughPeers at the deadline, AuthFailed when a peer is no member, ConfigError.
     """
-    size = len(members)
+    proven = connect(store, members, rank, cluster, deadline, namespace)
+    links = {place: _link(connection, place, cluster) for place, connection in proven.items()}
+    places = {kind: [links.get((kind, peer)) for peer in range(len(members))] for kind in (Kind.DATA, Kind.CONTROL)}
+    local = sum(member.host == members[rank].host for member in members)
+    return Executor(rank, places[Kind.DATA], places[Kind.CONTROL], spin_ns=spin_ns(local))
+
+
+def connect(store: Store, members: list[Member], rank: int, cluster: ClusterConfig, deadline: Deadline,
+            namespace: Namespace | None,
+            kinds: tuple[Kind, ...] = (Kind.DATA, Kind.CONTROL)) -> dict[tuple[Kind, int], Proven]:
+    """One proven connection of each kind to every other rank: {(kind, rank): connection}.
+
+    Each rank connects to the lower ones and accepts the higher ones. The secret of the handshake is the namespace's; where
+    there is none, a random token that rank 0 leaves in the store: then whoever can read the store can be a member.
+
+    Raises:  as `open_links`.
+    """
+    others = [peer for peer in range(len(members)) if peer != rank]
+    near = {peer: members[peer].host == members[rank].host for peer in others}
+    own_hosts = ["127.0.0.1"] if all(near.values()) else own_addresses(cluster.iface)
+    key = node_key(cluster, strict=namespace is not None)
+    if cluster.encryption == "off" and rank == 0 and not all(near.values()):
+        log.warning("encryption is off: gradients travel between hosts in the clear; peers still prove who they are")
     if rank == 0:
         store.set("token", secrets.token_hex(32))
-    one_host = len({member.host for member in members}) == 1
-    addresses = ["127.0.0.1"] if one_host else own_addresses(cluster.iface)
-    listener = socket.create_server(("127.0.0.1" if one_host else "", 0), backlog=2 * size)
-    with listener:
-        store.set(f"links.{rank}", {"addresses": addresses, "port": listener.getsockname()[1]})
+    with socket.create_server(("127.0.0.1" if all(near.values()) else "", 0), backlog=BACKLOG) as listener:
+        store.set(f"links.{rank}", {"addresses": own_hosts, "port": listener.getsockname()[1], "node": key.public.hex(),
+                                    "encryption": cluster.encryption})
         try:
             token = bytes.fromhex(store.get("token", deadline.left()))
-            sockets = {}
-            for peer in range(rank):
-                where = store.get(f"links.{peer}", deadline.left())
-                for kind in (DATA, CONTROL):
-                    sockets[peer, kind] = _dial(where, HELLO.pack(MAGIC, token, rank, kind), members[peer], cluster,
-                                                deadline)
+            cards = {peer: store.get(f"links.{peer}", deadline.left()) for peer in others}
         except KeyError as error:
             raise NotEnoughPeers(f"a rank did not offer its links within {deadline.seconds:g} s ({error})") from None
-        _accept(listener, sockets, token, rank, size, deadline)
-    places = {}
-    for kind in (DATA, CONTROL):
-        places[kind] = [None if peer == rank else TcpLink(sockets[peer, kind], peer, congestion=_congestion(cluster, kind))
-                        for peer in range(size)]
-    local = sum(member.host == members[rank].host for member in members)
-    return Executor(rank, places[DATA], places[CONTROL], spin_ns=spin_ns(local))
+        wheres = {peer: _where(card, peer, cluster, near[peer]) for peer, card in cards.items()}
+        namespace = namespace or Namespace.from_token(token, cluster.namespace)
+        own = Credentials(key, namespace, derive(token, "meeting", size=MEETING_BYTES), rank)
+        patience_s = cluster.connection_timeout_ms / 1000
+        proven = {}
+        try:
+            for peer in range(rank):
+                made = dial(own, peer, wheres[peer], {kind: _offers(kind, cluster, near[peer]) for kind in kinds},
+                            num_attempts=max(1, cluster.max_retries), patience_s=patience_s, deadline=deadline)
+                proven |= {(kind, peer): connection for kind, connection in made.items()}
+            admits = {(kind, peer): _offers(kind, cluster, near[peer])
+                      for peer in others if peer > rank for kind in kinds}
+            friends = {host for where in wheres.values() for host in where.hosts}
+            return proven | accept(own, listener, admits, {peer: where.node for peer, where in wheres.items()}, friends,
+                                   patience_s=patience_s, deadline=deadline)
+        except BaseException:
+            for connection in proven.values():
+                connection.sock.close()
+            raise
 
 
-def _congestion(cluster, kind):
-    return cluster.congestion if kind == DATA else None
+def node_key(cluster: ClusterConfig, *, strict: bool) -> NodeKey:
+    """This node's key; one for this process only where none can be stored and, not being strict, none need be.
+
+    Raises:  ConfigError.
+    """
+    try:
+        return NodeKey.open(home_folder(cluster.home))
+    except Unwritable:
+        if strict:
+            raise
+        return NodeKey.generate()
 
 
-def _dial(where, hello, member, cluster, deadline):
-    """A connection to the first of the peer's addresses that answers, in at most max_retries rounds."""
-    problem = "no address"
-    for attempt in range(max(1, cluster.max_retries)):
-        time.sleep(min(0.1 * attempt, deadline.left()))
-        for address in where["addresses"]:
-            left = max(min(deadline.left(), cluster.connection_timeout_ms / 1000), 0.001)
-            try:
-                sock = socket.create_connection((address, where["port"]), timeout=left)
-                sock.sendall(hello)
-                if _read(sock, 1) == b"+":
-                    return sock
-                problem = "refused"
-            except OSError as error:
-                problem = f"{address}:{where['port']}: {error.strerror or error}"
-    raise NotEnoughPeers(f"no connection to rank {member.rank} on {member.name} in {attempt + 1} attempts; "
-                         f"the last: {problem}")
+def _where(card, peer, cluster, near):
+    """The address on a rank's card."""
+    theirs = card["encryption"]
+    if {mode == "on" or (mode == "auto" and not near) for mode in (theirs, cluster.encryption)} == {True, False}:
+        raise ConfigError(f"encryption is {cluster.encryption!r} here and {theirs!r} on rank {peer}")
+    return Address(card["addresses"], card["port"], bytes.fromhex(card["node"]))
 
 
-def _accept(listener, sockets, token, rank, size, deadline):
-    """Take the connections of the higher ranks; strangers and silent connections delay nobody."""
-    listener.setblocking(False)
-    hellos = {}
-    with selectors.DefaultSelector() as selector, contextlib.ExitStack() as strangers:
-        selector.register(listener, selectors.EVENT_READ)
-        while len(sockets) < 2 * (size - 1):
-            ready = selector.select(deadline.left())
-            if not ready and not deadline.left():
-                missing = sorted({peer for peer in range(rank + 1, size) if not {(peer, DATA), (peer, CONTROL)} <= set(sockets)})
-                raise NotEnoughPeers(f"ranks {missing} did not connect within {deadline.seconds:g} s")
-            for key, _ in ready:
-                with contextlib.suppress(OSError):
-                    if key.fileobj is listener:
-                        sock = strangers.enter_context(listener.accept()[0])
-                        sock.setblocking(False)
-                        hellos[sock] = b""
-                        selector.register(sock, selectors.EVENT_READ)
-                        continue
-                    sock = key.fileobj
-                    data = sock.recv(HELLO.size - len(hellos[sock]))
-                    hellos[sock] += data
-                    if data and len(hellos[sock]) < HELLO.size:
-                        continue
-                    selector.unregister(sock)
-                    if len(hellos[sock]) == HELLO.size:
-                        magic, shown, peer, kind = HELLO.unpack(hellos[sock])
-                        if (magic == MAGIC and hmac.compare_digest(shown, token) and rank < peer < size
-                                and kind in (DATA, CONTROL) and (peer, kind) not in sockets):
-                            sock.sendall(b"+")
-                            sockets[peer, kind] = socket.socket(fileno=sock.detach())
-                            continue
-                    sock.close()
+def _offers(kind, cluster, near):
+    """The ciphers for a connection: control is sealed between hosts whatever the setting, for it costs nothing."""
+    sealed = cluster.encryption == "on" or (not near and (cluster.encryption == "auto" or kind != Kind.DATA))
+    return ciphers.offered() if sealed else ciphers.PLAIN
+
+
+def _link(connection, place, cluster):
+    """The link over a proven connection."""
+    kind, peer = place
+    session = connection.session
+    link = TcpLink(connection.sock, peer, congestion=cluster.congestion if kind == Kind.DATA else None)
+    if session.cipher == ciphers.PLAIN:
+        return link
+    return SecureLink(link, ciphers.cipher(session.cipher), session.send_key, session.receive_key,
+                      record_bytes=NOTICE_RECORD_BYTES if kind == Kind.CONTROL else RECORD_BYTES)

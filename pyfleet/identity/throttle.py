@@ -23,7 +23,7 @@ class Throttle:
 
     def allows(self, address: str, now: float) -> bool:
         """Whether the next attempt from this address deserves a look."""
-        return self._left(address, now) < BURST
+        return self._left(address, now) <= BURST - 1
 
     def _left(self, address: str, now: float) -> float:
         spent, when = self._spent.get(address, (0.0, now))
