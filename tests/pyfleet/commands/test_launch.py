@@ -187,7 +187,7 @@ def test_every_verb_of_the_table_is_there():
 
 def test_main_without_a_verb_we_know(capsys):
     assert main(["zzz"]) == 2
-    assert capsys.readouterr().err == "pyfleet: error: unknown command zzz; there is launch, info\n"
+    assert capsys.readouterr().err == "pyfleet: error: unknown command zzz; there is launch, info, keys\n"
 
 
 def test_the_launcher_starts_fast_because_it_imports_little():
