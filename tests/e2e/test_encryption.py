@@ -1,4 +1,5 @@
 """Sealed links between real processes: right results, nothing to be read on the wire, strangers refused."""
+import logging
 import os
 import socket
 import threading
@@ -92,6 +93,30 @@ def test_ranks_that_disagree_on_encryption_say_so(fresh_ranks):
     ends = fresh_ranks(2, "tcp", init=False).run(join, [{"encryption": "on"}, {"encryption": "off"}])
     assert [kind for kind, _ in ends] == ["ConfigError"] * 2
     assert "encryption is 'on' here and 'off' on rank 1" in ends[0][1]
+
+
+def join_and_listen(settings):
+    """In a rank: join as if on another host; what was logged meanwhile."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("pyfleet.links").addHandler(handler)
+    join(settings, apart=True)
+    return said
+
+
+def test_encryption_off_between_hosts_is_logged_once(fresh_ranks):
+    assert fresh_ranks(2, "tcp", init=False).run(join_and_listen, [{"encryption": "off"}] * 2) == [
+        ["encryption is off: gradients travel between hosts in the clear; peers still prove who they are"], []]
+    assert fresh_ranks(2, "tcp", init=False).run(join_and_listen, [{}] * 2) == [[], []]
+
+
+def test_a_key_that_can_not_be_stored_matters_only_where_a_psk_says_who_belongs(fresh_ranks):
+    nowhere = {"home": "/proc/nowhere", "encryption": "on"}
+    ends = fresh_ranks(2, "tcp", init=False).run(join, [nowhere] * 2)
+    assert ends[0] == ends[1] and "plain" not in str(ends)
+    ends = fresh_ranks(2, "tcp", init=False).run(join, [nowhere | {"psk": PSK}] * 2)
+    assert {kind for kind, _ in ends} == {"Unwritable"} and "PYFLEET_HOME" in ends[0][1]
 
 
 def tapped(encryption):
