@@ -198,6 +198,7 @@ cdef extern from *:
     int last_errno "fc_errno"() noexcept nogil
 
     void *memcpy(void *dst, const void *src, size_t n) noexcept nogil
+    void *memmove(void *dst, const void *src, size_t n) noexcept nogil
     void *memset(void *dst, int value, size_t n) noexcept nogil
     int memcmp(const void *a, const void *b, size_t n) noexcept nogil
     void *malloc(size_t n) noexcept nogil
@@ -229,4 +230,4 @@ cdef extern from *:
     int poll(pollfd *fds, unsigned long n, int timeout_ms) noexcept nogil
     int shutdown(int fd, int how) noexcept nogil
     enum: MSG_NOSIGNAL, MSG_DONTWAIT, POLLIN, POLLOUT, POLLERR, POLLHUP, SHUT_RDWR
-    enum: EAGAIN, EINTR, EPERM, ESRCH, ENOSYS, EFAULT, ECONNRESET, EPIPE
+    enum: EAGAIN, EINTR, EINVAL, EPERM, ESRCH, ENOSYS, EFAULT, ECONNRESET, EPIPE

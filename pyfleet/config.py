@@ -126,8 +126,8 @@ def _maybe(rule: Rule) -> Rule:
                 lambda text: None if text.strip().lower() in _NONE else rule.parse(text))
 
 
-def _key(default: Any, rule: Rule) -> Any:
-    return field(default=default, metadata={"rule": rule})
+def _key(default: Any, rule: Rule, *, secret: bool = False) -> Any:
+    return field(default=default, repr=not secret, metadata={"rule": rule, "secret": secret})
 
 
 _PORT = _integer(0, 65535)                  # 0: any free one
@@ -168,6 +168,8 @@ class _Settings:
         try:
             stored = rule.parse(value) if source and isinstance(value, str) else rule.accept(value)
         except (ValueError, TypeError, OverflowError):
+            if next(f.metadata["secret"] for f in fields(self) if f.name == name):
+                raise ConfigError(f"{self.SECTION}.{name} must be {rule.expected}; what it is, is not shown") from None
             raise ConfigError(f"{self.SECTION}.{name} must be {rule.expected}, got {value!r}{source}") from None
         object.__setattr__(self, name, stored)
 
@@ -236,14 +238,16 @@ class ClusterConfig(_Settings):
     peer_timeout: float = _key(30.0, _number(0))                # seconds to find them in
     connection_timeout_ms: int = _key(5000, _integer(1))        # one attempt to connect
     max_retries: int = _key(3, _integer(0))                     # attempts after the first
-    namespace: str | None = _key(None, _maybe(_text()))
-    psk_file: str | None = _key(None, _maybe(_text()))
-    encryption: str = _key("auto", _one_of("auto", "on", "off"))
+    namespace: str | None = _key(None, _maybe(_text()))         # with whom: strangers to any other name
+    psk: str | None = _key(None, _maybe(_text()), secret=True)  # 32 bytes in hex or base64, or a passphrase
+    psk_file: str | None = _key(None, _maybe(_text()))          # a file that holds it
+    encryption: str = _key("auto", _one_of("auto", "on", "off"))        # of links; auto: between hosts
     transport: str = _key("auto", _one_of("auto", "shm", "tcp"))
     same_host: str = _key("auto", _one_of("auto", "cma", "staging"))    # how ordinary memory is read between local ranks
     timeout: float = _key(300.0, _number(0))                    # seconds; default deadline of a collective
     congestion: str | None = _key(None, _maybe(_text()))        # TCP congestion control, by its kernel name
     arena_bytes: int | None = _key(None, _maybe(_integer(1)))   # shared memory of a host; None: by need
+    home: str | None = _key(None, _maybe(_text()))              # where this node's key lives; None: ~/.pyfleet
     iface: str | None = _key(None, _maybe(_text()))             # network interface to use; None: the best measured
     log_level: str = _key("warning", _one_of("debug", "info", "warning", "error", "critical"))
 

@@ -2,15 +2,16 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import os
 import threading
-import warnings
 from typing import Any
 
 from pyfleet import engines
 from pyfleet.config import ClusterConfig, load_config
 from pyfleet.engines.fleet import FleetEngine
 from pyfleet.errors import ConfigError, NotInitialized
+from pyfleet.identity import Namespace
 from pyfleet.members import Member
 from pyfleet.placement import Placement, placement
 from pyfleet.rendezvous import open_store
@@ -74,11 +75,10 @@ def open_engine(place: Placement, cluster: ClusterConfig, timeout: float | None 
     """Meet the other ranks and build an engine, without putting it in force.
 
     Args:    timeout: seconds for the whole meeting; None is cluster.peer_timeout.
-    Raises:  NotEnoughPeers, ConfigError, PeerLost; never waits past the timeout.
+    Raises:  NotEnoughPeers, AuthFailed, ConfigError, PeerLost; never waits past the timeout.
     """
-    if cluster.encryption == "on":
-        raise ConfigError("encryption 'on' is not offered yet: links between hosts are authenticated by a shared token only")
     deadline = Deadline(cluster.peer_timeout if timeout is None else timeout)
+    namespace = Namespace.configured(cluster)       # a secret that cannot be used is told before anybody is met
     arena = make_arena(cluster)
     if place.world_size == 1:
         member = Member(0, "", "localhost", os.getpid())
@@ -89,11 +89,8 @@ def open_engine(place: Placement, cluster: ClusterConfig, timeout: float | None 
     store = open_store(place.rendezvous, place.rank, place.world_size, deadline.left())
     try:
         members = meet(store, place.rank, place.world_size, deadline)
-        if len({member.host for member in members}) > 1 and cluster.encryption == "auto" and place.rank == 0:
-            warnings.warn("links between hosts are not encrypted in this release; set encryption='off' to say "
-                          "that you know", stacklevel=3)
         wired = connect(members, place.rank, arena, cluster, deadline,
-                        Exchange(store, place.rank, place.world_size, deadline))
+                        Exchange(store, place.rank, place.world_size, deadline), namespace=namespace)
     finally:
         store.close()
     return FleetEngine(wired), members
@@ -106,9 +103,11 @@ def init(backend: str = "fleet", rank: int | None = None, world_size: int | None
 
     Args:    rank, world_size: this process's place; from the environment when not given (see README), else alone.
              peers: "host:port" of every rank in rank order; the first is where they meet. No discovery then.
+             namespace, psk_file: with whom, and the file that holds the secret shared with them; ranks on other hosts
+             that can not prove that they know it are refused. They stand above the settings of the same names.
              timeout: seconds to find everyone; None is peer_timeout (30 s).
              config: path of a YAML or JSON file, or a ClusterConfig.
-    Raises:  NotEnoughPeers("found 1 of 3 ..."), ConfigError, PeerLost; never hangs.
+    Raises:  NotEnoughPeers("found 1 of 3 ..."), AuthFailed, ConfigError, PeerLost; never hangs.
     """
     global _fleet
     with _lock:
@@ -116,17 +115,27 @@ def init(backend: str = "fleet", rank: int | None = None, world_size: int | None
             return _fleet
         if backend not in engines.ENGINES:
             raise ConfigError(f"backend {backend!r} is not one of {', '.join(engines.ENGINES)}")
-        for name, value in {"namespace": namespace, "psk_file": psk_file, "min_nodes": min_nodes}.items():
-            if value is not None:
-                raise ConfigError(f"{name} needs discovery and identity, which this release does not have yet")
+        if min_nodes is not None:
+            raise ConfigError("min_nodes needs discovery, which this release does not have yet")
         if timeout is not None and not timeout > 0:
             raise ConfigError(f"timeout must be positive, not {timeout}")
         cluster = config if isinstance(config, ClusterConfig) else load_config(config)[1]
+        cluster = _with_secrets(cluster, namespace, psk_file)
         place = placement(rank, world_size) if peers is None else _place_among(peers, rank, world_size)
         engine, members = open_engine(place, cluster, timeout)
         _fleet = Fleet(engine, members, cluster)
         engines.set_current(engine)
         return _fleet
+
+
+def _with_secrets(cluster, namespace, psk_file):
+    """The settings, with the arguments of init that say with whom."""
+    cluster = copy.copy(cluster)
+    if namespace is not None:
+        cluster.namespace = namespace
+    if psk_file is not None:
+        cluster.psk_file, cluster.psk = psk_file, None
+    return cluster
 
 
 def _place_among(peers, rank, world_size):

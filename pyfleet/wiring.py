@@ -5,14 +5,13 @@ import contextlib
 import hashlib
 import hmac
 import json
+import logging
 import os
 import secrets
-import selectors
 import socket
 import struct
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,16 @@ from fleetcore.domain import Domain, board_bytes
 from fleetcore.executor import Executor
 from fleetcore.group import Group
 from fleetcore.mailbox import Mailbox
+from fleetcore.transports.secure import RECORD_BYTES, SecureLink
 from fleetcore.transports.tcp import TcpLink
 
 from pyfleet.config import ClusterConfig
+from pyfleet.connections import BACKLOG, Address, Credentials, Deadline, accept, dial
 from pyfleet.errors import ConfigError, FleetError, NotEnoughPeers, PeerLost
+from pyfleet.identity import Namespace, NodeKey, ciphers
+from pyfleet.identity.handshake import MEETING_BYTES, Kind
+from pyfleet.identity.keys import Unwritable, home_folder
+from pyfleet.identity.namespace import derive
 from pyfleet.members import PROTOCOL, Member
 from pyfleet.placement import num_cores
 from pyfleet.rendezvous.base import Store
@@ -36,20 +41,9 @@ SPIN_NS = 20_000                    # about the cost of sleeping and being woken
 LARGEST_ARENA = 64 << 30            # address space, not memory
 SMALLEST_ARENA = 256 << 20
 FDS_PER_MESSAGE = 64                # the kernel takes 253
-HELLO = struct.Struct("!4s32sII")   # magic, token, rank, kind
-MAGIC = b"FLH1"
-DATA, CONTROL, MESSAGE = 0, 1, 2
+NOTICE_RECORD_BYTES = 4096          # control connections carry notices of a few hundred bytes
 
-
-class Deadline:
-    """A point in time that the steps of a meeting share."""
-
-    def __init__(self, seconds: float):
-        self.seconds, self.end = seconds, time.monotonic() + seconds
-
-    def left(self) -> float:
-        """Seconds until then, never negative."""
-        return max(0.0, self.end - time.monotonic())
+log = logging.getLogger("pyfleet.links")
 
 
 def host_id() -> str:
@@ -162,21 +156,25 @@ class Wired:
     cluster: ClusterConfig
     arena: Arena
     shared: dict[int, tuple[Arena, int]]
+    namespace: Namespace | None
 
 
 def connect(members: list[Member], rank: int, arena: Arena, cluster: ClusterConfig, deadline: Deadline,
-            exchange: Callable[[Any], list], *, shared: dict | None = None, number: int = 0) -> Wired:
+            exchange: Callable[[Any], list], *, namespace: Namespace | None = None, shared: dict | None = None,
+            number: int = 0) -> Wired:
     """Tie ranks into a group: shared memory within hosts, links between them, connections for messages.
 
     Args:    members, rank: the group's ranks in order, and the own place among them.
-             exchange: a round among the ranks, as Exchange.  shared: arenas that are mapped here already.
+             exchange: a round among the ranks, as Exchange.
+             namespace: whose secret the ranks must know; None: that of the meeting place will do.
+             shared: arenas that are mapped here already.
              number: of this group among those of the fleet, the same on all members.
-    Raises:  NotEnoughPeers, PeerLost, ConfigError; never waits past the deadline.
+    Raises:  NotEnoughPeers, AuthFailed when a peer is no member, PeerLost, ConfigError; never waits past the deadline.
     """
     size = len(members)
     if size == 1:
         return Wired(Group(0, 1, timeout=cluster.timeout), Mailbox(0, [None], timeout=cluster.timeout), members, cluster,
-                     arena, shared or {})
+                     arena, shared or {}, namespace)
     local = [place for place, member in enumerate(members) if member.host == members[rank].host]
     if cluster.transport == "shm" and len(local) < size:
         raise ConfigError(f"transport is 'shm', but the ranks are on {len({member.host for member in members})} hosts")
@@ -193,9 +191,11 @@ def connect(members: list[Member], rank: int, arena: Arena, cluster: ClusterConf
             arenas.bind(f"{directory}/arenas")
             arenas.listen(size)
             card |= {"board": board.offset, "arenas": f"{directory}/arenas"}
-        listener = meeting.enter_context(_listen(cluster, size, one_host=len(local) == size))
-        card |= {"addresses": ["127.0.0.1"] if len(local) == size else own_addresses(cluster.iface),
-                 "port": listener.getsockname()[1]}
+        key = _key_for(cluster, namespace, one_host=len(local) == size)
+        where = "127.0.0.1" if len(local) == size else ""
+        listener = meeting.enter_context(socket.create_server((where, 0), backlog=BACKLOG))
+        card |= {"addresses": [where] if where else own_addresses(cluster.iface), "port": listener.getsockname()[1],
+                 "node": key.public.hex(), "encryption": cluster.encryption}
         cards = exchange(card)
         domain = executor = None
         if in_memory:
@@ -205,12 +205,12 @@ def connect(members: list[Member], rank: int, arena: Arena, cluster: ClusterConf
             mapped = [shared[members[place].rank] for place in local]
             domain = Domain([there for there, _ in mapped], local.index(rank), leader["board"], [pid for _, pid in mapped],
                             board=board, spin_ns=spin_ns(len(local)), path=cluster.same_host, names=local)
-        kinds = (DATA, CONTROL, MESSAGE) if by_links else (MESSAGE,)
-        sockets = _connect_all(listener, cards, members, rank, kinds, cluster, deadline)
-        links = {kind: [None if place == rank else TcpLink(sockets[place, kind], place, congestion=_congestion(cluster, kind))
+        kinds = (Kind.DATA, Kind.CONTROL, Kind.MESSAGE) if by_links else (Kind.MESSAGE,)
+        proven = _connect_all(listener, cards, members, rank, kinds, cluster, deadline, namespace, key)
+        links = {kind: [None if place == rank else _link(proven[kind, place], (kind, place), cluster)
                         for place in range(size)] for kind in kinds}
         if by_links:
-            executor = Executor(rank, links[DATA], links[CONTROL], group=number, spin_ns=spin_ns(len(local)))
+            executor = Executor(rank, links[Kind.DATA], links[Kind.CONTROL], group=number, spin_ns=spin_ns(len(local)))
         if domain is not None:
             domain.connect(max(deadline.left(), 0.001))
     hosts = list(dict.fromkeys(member.host for member in members))
@@ -221,9 +221,11 @@ def connect(members: list[Member], rank: int, arena: Arena, cluster: ClusterConf
     pids = None
     if domain is not None and cluster.same_host != "staging":
         pids = [shared[member.rank][1] if member.rank in shared else None for member in members]
-    mailbox = Mailbox(rank, links[MESSAGE], group=number, timeout=cluster.timeout, pids=pids,
+    mailbox = Mailbox(rank, links[Kind.MESSAGE], group=number, timeout=cluster.timeout, pids=pids,
                       places={place: member.name for place, member in enumerate(members)})
-    return Wired(group, mailbox, members, cluster, arena, shared or {})
+    if cluster.encryption == "off" and rank == 0 and len(hosts) > 1:
+        log.warning("encryption is off: gradients travel between hosts in the clear; peers still prove who they are")
+    return Wired(group, mailbox, members, cluster, arena, shared or {}, namespace)
 
 
 # ---- ranks of one host -----------------------------------------------------------------------------------------------
@@ -311,77 +313,76 @@ def _read(sock, size):
 # ---- connections -----------------------------------------------------------------------------------------------------
 
 
-def _listen(cluster, size, *, one_host):
-    return socket.create_server(("127.0.0.1" if one_host else "", 0), backlog=3 * size)
+def _connect_all(listener, cards, members, rank, kinds, cluster, deadline, namespace, key):
+    """One proven connection of each kind to every other rank: {(kind, place): Proven}.
 
-
-def _connect_all(listener, cards, members, rank, kinds, cluster, deadline):
-    """{(place, kind): socket}: connections of these kinds with every rank.
-
-    Each rank connects to the lower ones and accepts the higher ones; a connection counts once it has shown the first
-    rank's token.
+    Each rank connects to the lower ones and accepts the higher ones. The secret of the handshake is the namespace's;
+    where there is none, the token on the first rank's card: then whoever can read the cards can be a member.
     """
-    size, token, sockets = len(cards), bytes.fromhex(cards[0]["token"]), {}
-    for peer in range(rank):
-        for kind in kinds:
-            sockets[peer, kind] = _dial(cards[peer], HELLO.pack(MAGIC, token, rank, kind), members[peer], cluster, deadline)
-    _accept(listener, sockets, token, rank, size, kinds, deadline)
-    return sockets
+    others = [place for place in range(len(members)) if place != rank]
+    near = {place: members[place].host == members[rank].host for place in others}
+    token = bytes.fromhex(cards[0]["token"])
+    wheres = {place: _where(cards[place], members[place].rank, cluster, near[place]) for place in others}
+    own = Credentials(key, namespace or Namespace.from_token(token, cluster.namespace),
+                      derive(token, "meeting", size=MEETING_BYTES), rank)
+    patience_s = cluster.connection_timeout_ms / 1000
+    proven = {}
+    try:
+        for place in range(rank):
+            made = dial(own, place, wheres[place], {kind: _offers(kind, cluster, near[place]) for kind in kinds},
+                        num_attempts=max(1, cluster.max_retries), patience_s=patience_s, deadline=deadline)
+            proven |= {(kind, place): connection for kind, connection in made.items()}
+        admits = {(kind, place): _offers(kind, cluster, near[place])
+                  for place in others if place > rank for kind in kinds}
+        friends = {host for where in wheres.values() for host in where.hosts}
+        return proven | accept(own, listener, admits, {place: where.node for place, where in wheres.items()}, friends,
+                               patience_s=patience_s, deadline=deadline)
+    except BaseException:
+        for connection in proven.values():
+            connection.sock.close()
+        raise
 
 
-def _congestion(cluster, kind):
-    return cluster.congestion if kind == DATA else None
+def _key_for(cluster, namespace, *, one_host):
+    """Who this rank is: its node, or nobody in particular among ranks of one host that need no secret but the token."""
+    if one_host and namespace is None and cluster.encryption != "on":
+        return NodeKey.generate()
+    return node_key(cluster, strict=namespace is not None)
 
 
-def _dial(where, hello, member, cluster, deadline):
-    """A connection to the first of the peer's addresses that answers, in at most max_retries rounds."""
-    problem = "no address"
-    for attempt in range(max(1, cluster.max_retries)):
-        time.sleep(min(0.1 * attempt, deadline.left()))
-        for address in where["addresses"]:
-            left = max(min(deadline.left(), cluster.connection_timeout_ms / 1000), 0.001)
-            try:
-                sock = socket.create_connection((address, where["port"]), timeout=left)
-                sock.sendall(hello)
-                if _read(sock, 1) == b"+":
-                    return sock
-                problem = "refused"
-            except OSError as error:
-                problem = f"{address}:{where['port']}: {error.strerror or error}"
-    raise NotEnoughPeers(f"no connection to rank {member.rank} on {member.name} in {attempt + 1} attempts; "
-                         f"the last: {problem}")
+def node_key(cluster: ClusterConfig, *, strict: bool) -> NodeKey:
+    """This node's key; one for this process only where none can be stored and, not being strict, none need be.
+
+    Raises:  ConfigError.
+    """
+    try:
+        return NodeKey.open(home_folder(cluster.home))
+    except Unwritable:
+        if strict:
+            raise
+        return NodeKey.generate()
 
 
-def _accept(listener, sockets, token, rank, size, kinds, deadline):
-    """Take the connections of the higher ranks; strangers and silent connections delay nobody."""
-    listener.setblocking(False)
-    hellos = {}
-    with selectors.DefaultSelector() as selector, contextlib.ExitStack() as strangers:
-        selector.register(listener, selectors.EVENT_READ)
-        while len(sockets) < len(kinds) * (size - 1):
-            ready = selector.select(deadline.left())
-            if not ready and not deadline.left():
-                missing = [peer for peer in range(rank + 1, size) if any((peer, kind) not in sockets for kind in kinds)]
-                raise NotEnoughPeers(f"ranks {missing} did not connect within {deadline.seconds:g} s")
-            for key, _ in ready:
-                with contextlib.suppress(OSError):
-                    if key.fileobj is listener:
-                        sock = strangers.enter_context(listener.accept()[0])
-                        sock.setblocking(False)
-                        hellos[sock] = b""
-                        selector.register(sock, selectors.EVENT_READ)
-                        continue
-                    sock = key.fileobj
-                    data = sock.recv(HELLO.size - len(hellos[sock]))
-                    hellos[sock] += data
-                    if data and len(hellos[sock]) < HELLO.size:
-                        continue
-                    selector.unregister(sock)
-                    if len(hellos[sock]) == HELLO.size:
-                        magic, shown, peer, kind = HELLO.unpack(hellos[sock])
-                        if (magic == MAGIC and hmac.compare_digest(shown, token) and rank < peer < size
-                                and kind in kinds and (peer, kind) not in sockets):
-                            sock.sendall(b"+")
-                            sockets[peer, kind] = socket.socket(fileno=sock.detach())
-                            continue
-                    sock.close()
+def _where(card, peer, cluster, near):
+    """The address on a rank's card."""
+    theirs = card["encryption"]
+    if {mode == "on" or (mode == "auto" and not near) for mode in (theirs, cluster.encryption)} == {True, False}:
+        raise ConfigError(f"encryption is {cluster.encryption!r} here and {theirs!r} on rank {peer}")
+    return Address(card["addresses"], card["port"], bytes.fromhex(card["node"]))
+
+
+def _offers(kind, cluster, near):
+    """The ciphers for a connection: control is sealed between hosts whatever the setting, for it costs nothing."""
+    sealed = cluster.encryption == "on" or (not near and (cluster.encryption == "auto" or kind != Kind.DATA))
+    return ciphers.offered() if sealed else ciphers.PLAIN
+
+
+def _link(connection, place, cluster):
+    """The link over a proven connection."""
+    kind, peer = place
+    session = connection.session
+    link = TcpLink(connection.sock, peer, congestion=cluster.congestion if kind != Kind.CONTROL else None)
+    if session.cipher == ciphers.PLAIN:
+        return link
+    return SecureLink(link, ciphers.cipher(session.cipher), session.send_key, session.receive_key,
+                      record_bytes=NOTICE_RECORD_BYTES if kind == Kind.CONTROL else RECORD_BYTES)

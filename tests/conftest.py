@@ -1,7 +1,16 @@
+import atexit
+import os
+import shutil
+import tempfile
+
 import pytest
 
 from tests import network as networks
 from tests.ranks import Ranks
+
+# Node keys of the tests, and not that of whoever runs them.
+os.environ["PYFLEET_HOME"] = tempfile.mkdtemp(prefix="pyfleet-test-home-")
+atexit.register(shutil.rmtree, os.environ["PYFLEET_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

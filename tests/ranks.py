@@ -112,7 +112,8 @@ class Ranks:
                 self.processes.append(start_rank("init" if init else "bare", {
                     "PYFLEET_RANK": str(rank), "PYFLEET_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
                     "PYFLEET_RENDEZVOUS": f"file://{self.directory.name}/meet", "PYFLEET_TRANSPORT": transport,
-                    **(env or {})}, theirs, namespaces[rank] if namespaces else None))
+                    "PYFLEET_HOME": os.environ["PYFLEET_HOME"], **(env or {})},
+                    theirs, namespaces[rank] if namespaces else None))
             self.pipes.append(Connection(mine.detach()))
         if init:
             self.collect()

@@ -2,5 +2,6 @@
 
 TRANSPORTS = {
     "tcp": "fleetcore.transports.tcp:TcpLink",
+    "secure": "fleetcore.transports.secure:SecureLink",
     "loopback": "fleetcore.transports.loopback:LoopbackLink",
 }

@@ -9,8 +9,13 @@ cdef struct Wire:
     int rank                   # the peer
     int error                  # errno behind the last ST_SYSTEM or ST_PEER_LOST
     uint64_t sent_bytes, received_bytes, sends, receives
+    bint authentic             # the transport itself notices every damaged byte: payloads need no checksum
+    void *state                # what the transport keeps for itself
     # Give the kernel (or take from it) some bytes of the parts: > 0 that many, 0 would block, < 0 a Status; the end of
     # the stream is ST_PEER_LOST. Parts must outlive the call only. Never blocks.
+    # Bytes that were offered and not taken are offered again, unchanged and first: a transport may have begun to send
+    # them in another form. What was taken is the kernel's, so nobody has to flush. Fewer bytes than there was room for:
+    # nothing more is to be had before fd is readable.
     Py_ssize_t (*send_some)(Wire *wire, iovec *parts, int num_parts) noexcept nogil
     Py_ssize_t (*recv_some)(Wire *wire, iovec *parts, int num_parts) noexcept nogil
 

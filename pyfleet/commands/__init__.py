@@ -14,6 +14,7 @@ COMMANDS = {
     "launch": "pyfleet.commands.launch:main",
     "info": "pyfleet.commands.info:main",
     "benchmark": "pyfleet.commands.benchmark:main",
+    "keys": "pyfleet.commands.keys:main",
 }
 
 

@@ -205,7 +205,8 @@ class FleetEngine(Engine):
             return None
         members = [self.wired.members[place] for place in places]
         engine = FleetEngine(connect(members, places.index(self.rank), self.wired.arena, self.wired.cluster, deadline,
-                                     exchange, shared=self.wired.shared, number=number), number)
+                                     exchange, namespace=self.wired.namespace, shared=self.wired.shared, number=number),
+                             number)
         self._groups.append(engine)
         return engine
 

@@ -1,4 +1,5 @@
 """The executor over real sockets, with threads of one process as its ranks; faults come from tests.faults."""
+import os
 import socket
 import time
 
@@ -7,11 +8,20 @@ import pytest
 from fleetcore.executor import Executor
 from fleetcore.group import Group
 from fleetcore.transports.loopback import LoopbackLink
+from fleetcore.transports.secure import SecureLink
 from fleetcore.transports.tcp import TcpLink
 
 from fleetcore.errors import CommunicationError, ConfigError, CorruptData, OutOfStep, PeerLost, ReduceOp, Timeout
+from pyfleet.identity import ciphers
 from tests.faults import faulty_pair
 from tests.fleetcore.test_domain import everyone
+
+
+def sealed(near, far):
+    """The same pair of links, sealed."""
+    cipher = ciphers.cipher(ciphers.choose(ciphers.offered(), ciphers.offered()))
+    keys = [os.urandom(cipher.key_bytes) for _ in range(2)]
+    return SecureLink(near, cipher, *keys), SecureLink(far, cipher, *reversed(keys))
 
 
 def mesh(size, *, kind="loopback", chunk_bytes=4096, timeout=20.0, fault=None, after=0, on="data"):
@@ -29,6 +39,8 @@ def mesh(size, *, kind="loopback", chunk_bytes=4096, timeout=20.0, fault=None, a
                         pair = TcpLink(near, b), TcpLink(server.accept()[0], a)
                 else:
                     pair = LoopbackLink.pair(a, b)
+                if kind == "secure":
+                    pair = sealed(*pair)
                 links[a, b, use], links[b, a, use] = pair
     return [Group(rank, size, timeout=timeout, executor=Executor(
         rank, [links[rank, p, "data"] for p in range(size)], [links[rank, p, "control"] for p in range(size)],

@@ -21,9 +21,9 @@ DEFAULTS = {
     ClusterConfig: {
         "role": NodeRole.AUTO, "master_addr": None, "master_port": 50051, "tensor_port": 50052, "gradient_port": 52416,
         "discovery_port": 52415, "discovery_enabled": True, "min_peers": 1, "peer_timeout": 30.0,
-        "connection_timeout_ms": 5000, "max_retries": 3, "namespace": None, "psk_file": None, "encryption": "auto",
-        "transport": "auto", "same_host": "auto", "timeout": 300.0, "congestion": None, "arena_bytes": None,
-        "iface": None, "log_level": "warning",
+        "connection_timeout_ms": 5000, "max_retries": 3, "namespace": None, "psk": None, "psk_file": None,
+        "encryption": "auto", "transport": "auto", "same_host": "auto", "timeout": 300.0, "congestion": None, "arena_bytes": None,
+        "home": None, "iface": None, "log_level": "warning",
     },
 }
 # A value for every key that differs from its default: as text, as YAML or JSON holds it, and as it is stored.
@@ -40,10 +40,11 @@ OTHERS = {
     "master_port": ("1", 1, 1), "tensor_port": ("2", 2, 2), "gradient_port": ("65535", 65535, 65535),
     "discovery_port": ("0", 0, 0), "discovery_enabled": ("0", False, False), "min_peers": ("0", 0, 0),
     "peer_timeout": ("10", 10, 10.0), "connection_timeout_ms": ("250", 250, 250), "max_retries": ("0", 0, 0),
-    "namespace": ("lab", "lab", "lab"), "psk_file": ("/k", "/k", "/k"), "encryption": ("OFF", False, "off"),
+    "namespace": ("lab", "lab", "lab"), "psk": ("open sesame", "open sesame", "open sesame"),
+    "psk_file": ("/k", "/k", "/k"), "encryption": ("OFF", False, "off"),
     "transport": ("shm", "shm", "shm"), "same_host": ("cma", "cma", "cma"), "timeout": ("1.5", 1.5, 1.5),
-    "congestion": ("bbr", "bbr", "bbr"), "arena_bytes": ("4096", 4096, 4096), "iface": ("en0", "en0", "en0"),
-    "log_level": ("debug", "debug", "debug"),
+    "congestion": ("bbr", "bbr", "bbr"), "arena_bytes": ("4096", 4096, 4096), "home": ("/h", "/h", "/h"),
+    "iface": ("en0", "en0", "en0"), "log_level": ("debug", "debug", "debug"),
 }
 KEYS = [(cls, name) for cls, keys in DEFAULTS.items() for name in keys]
 

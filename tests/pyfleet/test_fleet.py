@@ -99,7 +99,8 @@ def test_a_taken_port_is_a_clear_error():
     (Placement(0, 2, rendezvous="tcp://host:port"), {}, "not host:port"),
     (Placement(0, 2, rendezvous="tcp://no-such-host.invalid:1"), {}, "cannot resolve 'no-such-host.invalid'"),
     (Placement(0, 2, rendezvous="file:///proc/no/where"), {}, "cannot meet in /proc/no/where"),
-    (Placement(0, 1), {"encryption": "on"}, "encryption 'on' is not offered"),
+    (Placement(0, 1), {"psk": "short"}, "a PSK of 5 characters keeps nobody out"),
+    (Placement(0, 1), {"psk": "long enough", "psk_file": "/dev/null"}, "there are two PSKs"),
 ])
 def test_a_place_that_cannot_work_is_refused(place, cluster, match):
     with pytest.raises(ConfigError, match=match):
@@ -118,7 +119,9 @@ def test_a_place_that_cannot_work_is_refused(place, cluster, match):
     ("peers=['a:1', 'b'], rank=0", "'b' is not host:port"),
     ("backend='carrier'", "backend 'carrier' is not one of fleet"),
     ("timeout=0", "timeout must be positive"),
-    ("namespace='home'", "namespace needs discovery"),
+    ("min_nodes=2", "min_nodes needs discovery"),
+    ("psk_file='/no/such/psk'", "cannot read the PSK file /no/such/psk"),
+    ("namespace=''", "cluster.namespace must be a non-empty string"),
     ("config='/no/such.yaml'", "no/such.yaml"),
 ])
 def test_bad_arguments_are_refused(arguments, match):
@@ -166,7 +169,7 @@ if pyfleet.__version__ and sys.argv[1] == "1":
 f = pyfleet.init(); pyfleet.barrier(); assert f.world_size == 3
 """
     env = {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "3",
-           "PYFLEET_TRANSPORT": "tcp"}
+           "PYFLEET_TRANSPORT": "tcp", "PYFLEET_HOME": os.environ["PYFLEET_HOME"]}
     processes = [subprocess.Popen([sys.executable, "-c", code, str(rank)], env=env | {"RANK": str(rank)})
                  for rank in range(3)]
     assert [process.wait(60) for process in processes] == [0, 0, 0]
