@@ -54,6 +54,7 @@ cdef struct Lane:              # one peer during one run
     size_t tx_length
     int64_t tx_began, rx_began # when the chunk in hand began to move; only while chunks are recorded
     Frame tx_frame
+    int least                  # SO_RCVLOWAT of the socket; 0: as it came
     size_t rx_at, rx_start, rx_length, rx_got          # chunk start, row start; bytes of header + chunk that are in
     int rx_first               # no frame of this operation seen yet
     int rx_checked             # the current frame's header has been checked
@@ -96,7 +97,7 @@ cdef class Executor:
     cdef void **srcs
     cdef char *rooms
     cdef uint32_t epoch, group
-    cdef int64_t spin_ns
+    cdef int64_t spin_ns, spinning         # the latter: in the operation in hand
     cdef readonly list links, controls
     cdef bint condemned        # all peers know that this group is over
     cdef Fault verdict         # on an operation later than the one in hand; status OK: none
@@ -121,6 +122,7 @@ cdef class Executor:
     cdef int check_frame(self, Lane *lane, const Call *call, uint64_t sequence, Fault *fault) noexcept nogil
     cdef int fold(self, Program program, int number, const Call *call, const char *source, char *target, Fault *fault) noexcept nogil
     cdef int awaited(self, Program program) noexcept nogil
+    cdef void wake_at(self, Lane *lane) noexcept nogil
     cdef size_t chunk_end(self, const Step *step, size_t at) noexcept nogil
     cdef bint may_push(self, Program program, Lane *lane) noexcept nogil
     cdef bint may_pull(self, Program program, Lane *lane) noexcept nogil

@@ -229,5 +229,6 @@ cdef extern from *:
     Py_ssize_t recvmsg(int fd, msghdr *m, int flags) noexcept nogil
     int poll(pollfd *fds, unsigned long n, int timeout_ms) noexcept nogil
     int shutdown(int fd, int how) noexcept nogil
-    enum: MSG_NOSIGNAL, MSG_DONTWAIT, POLLIN, POLLOUT, POLLERR, POLLHUP, SHUT_RDWR
+    enum: MSG_NOSIGNAL, MSG_DONTWAIT, POLLIN, POLLOUT, POLLERR, POLLHUP, SHUT_RDWR, SOL_SOCKET, SO_RCVLOWAT
+    int setsockopt(int fd, int level, int name, const void *value, unsigned int length) nogil
     enum: EAGAIN, EINTR, EINVAL, EPERM, ESRCH, ENOSYS, EFAULT, ECONNRESET, EPIPE

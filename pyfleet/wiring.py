@@ -210,7 +210,9 @@ def connect(members: list[Member], rank: int, arena: Arena, cluster: ClusterConf
         links = {kind: [None if place == rank else _link(proven[kind, place], (kind, place), cluster)
                         for place in range(size)] for kind in kinds}
         if by_links:
-            executor = Executor(rank, links[Kind.DATA], links[Kind.CONTROL], group=number, spin_ns=spin_ns(len(local)))
+            # Between hosts an answer takes longer than it pays to spin.
+            executor = Executor(rank, links[Kind.DATA], links[Kind.CONTROL], group=number,
+                                spin_ns=spin_ns(size) if len(local) == size else 0)
         if domain is not None:
             domain.connect(max(deadline.left(), 0.001))
     hosts = list(dict.fromkeys(member.host for member in members))

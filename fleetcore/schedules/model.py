@@ -61,7 +61,7 @@ class Choice(NamedTuple):
     seconds: dict
 
 
-def choose(verb, size, nbytes, links, root=0, names=None) -> Choice:
+def choose(verb, size, nbytes, links, root=0, names=None, slack=0.0) -> Choice:
     """The quickest algorithm for a verb over an array of nbytes; of equally quick ones, the first in LOADS.
 
     A pure function of its arguments: ranks that hold the same Links choose the same. `direct` is rated with the bounds
@@ -69,6 +69,7 @@ def choose(verb, size, nbytes, links, root=0, names=None) -> Choice:
 
     Args:    nbytes: of the whole array; for all_to_all, of what one rank holds.
              names: the algorithms to choose from; None: all that the verb has.
+             slack: by how much of the best time others may be slower and still count as equally quick.
     Raises:  ValueError when bandwidths are not one per rank, or when no candidate is left.
     """
     if len(links.bandwidths) != size:
@@ -79,7 +80,7 @@ def choose(verb, size, nbytes, links, root=0, names=None) -> Choice:
         raise ValueError(f"{verb} has none of {names}")
     best = min(seconds.values())
     # Formulas that mean the same differ in their last bits; what is told apart must be more than that.
-    return Choice(next(name for name, time in seconds.items() if time <= best * (1 + 1e-9)), seconds)
+    return Choice(next(name for name, time in seconds.items() if time <= best * (1 + max(slack, 1e-9))), seconds)
 
 
 def predict(load, nbytes, links) -> float:

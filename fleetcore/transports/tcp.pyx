@@ -3,7 +3,9 @@ import socket
 
 from fleetcore.transports.base cimport Link
 
-SEND_BUFFER = 4 * 1024 * 1024      # several chunks, so that a send seldom stops half-way; the kernel may grant less
+# What may be in flight or wait in a switch: several peers at once fill its queue. 4 hosts, 1 Gbit/s, direct: with 4 MiB
+# 22 to 170 segments of a 100 MB call were sent again, with 512 KiB 0 to 15, at no loss of rate.
+SEND_BUFFER = 512 * 1024
 LOOPBACK_SEND_BUFFER = 256 * 1024  # what is in flight stays in cache: 29 ms against 43 for 100 MB each way
 
 

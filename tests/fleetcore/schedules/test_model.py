@@ -183,3 +183,10 @@ def test_reductions_counted_are_the_promised_ones():
         for size in (2, 5, 8):
             plans = plan_all("all_reduce", name, size, cut(40, size))
             assert sum(row.stop - row.start for plan in plans for row in plan if row.kind == FOLD) == 40 * (size - 1)
+
+
+def test_with_slack_the_first_of_those_that_are_nearly_as_quick():
+    links = lan(4)
+    assert choose("all_reduce", 4, 100 << 20, links).name == "direct"
+    assert choose("all_reduce", 4, 100 << 20, links, slack=0.01).name == "ring"
+    assert choose("all_reduce", 4, 1 << 10, links, slack=0.01).name != "ring"
