@@ -228,6 +228,32 @@ def test_waiting_sleeps():
     assert everyone(work, 2)[0] < 0.02
 
 
+def test_chunks_are_reduced_and_passed_on_while_others_are_on_the_wire():
+    chunk, num_chunks = 64 * 1024, 32
+    members = mesh(2, kind="tcp", chunk_bytes=chunk)
+    count = 2 * num_chunks * chunk // 4                          # each rank owns num_chunks of them
+
+    def work(rank):
+        x = np.ones(count, np.float32)
+        members[rank].all_reduce(x, algorithm="ring")
+        members[rank].executor.record(1000)
+        members[rank].all_reduce(x, algorithm="ring")
+        events = members[rank].executor.recorded()
+        members[rank].executor.record(0)
+        assert members[rank].executor.recorded() == []
+        return events
+    for events in everyone(work, 2):
+        sends, receives, folds = ([event for event in events if event[0] == what] for what in ("send", "receive", "fold"))
+        assert len(sends) == len(receives) == 2 * num_chunks and len(folds) == num_chunks
+        assert sum(stop - start for _, _, start, stop, *_ in sends) == count * 4
+        assert all(began <= ended for *_, began, ended, _ in events) and {event[1] for event in folds} == {None}
+        # Full duplex: neither direction waits for the other to end. A chunk is reduced before the next but one is in, and
+        # only what is reduced goes on.
+        assert sends[0][5] < receives[-1][5] and receives[0][5] < sends[-1][5]
+        assert all(fold[5] <= later[5] for fold, later in zip(folds, receives[2:], strict=False))
+        assert all(any(fold[2:4] == send[2:4] and fold[5] <= send[5] for fold in folds) for send in sends[num_chunks:])
+
+
 def test_chunk_sizes_are_checked():
     for chunk in (0, 63, 100, 2 << 30):
         with pytest.raises(ConfigError, match="chunk_bytes"):

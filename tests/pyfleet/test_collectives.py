@@ -1,5 +1,8 @@
 """The functional API across real processes, over shared memory and over TCP."""
+import ctypes
+import gc
 import hashlib
+import sys
 import threading
 import time
 
@@ -320,6 +323,44 @@ def from_two_threads():
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_calls_from_two_threads_are_serialised(ranks, transport):
     assert ranks(2, transport).run(from_two_threads) == [2, 2]
+
+
+class MallInfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks",
+                                                     "uordblks", "fordblks", "keepcost")]
+
+
+def in_use():
+    """(Python's memory blocks, bytes of C's heap in use)."""
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = MallInfo
+    info = libc.mallinfo2()
+    return sys.getallocatedblocks(), info.uordblks + info.hblkhd
+
+
+def ten_thousand_calls(count, like, dtype):
+    x = np.zeros(count, dtype) if like == "numpy" else torch.zeros(count, dtype=getattr(torch, dtype))
+    for _ in range(200):
+        pyfleet.all_reduce(x, "max")
+    gc.collect()
+    gc.disable()
+    in_use()                                    # loads what it needs itself
+    before = in_use()
+    for _ in range(10_000):
+        pyfleet.all_reduce(x, "max")
+    after = in_use()
+    gc.enable()
+    return after[0] - before[0], after[1] - before[1]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="mallinfo2 is the GNU C library's")
+@pytest.mark.parametrize(("transport", "size", "count", "like", "dtype"), [
+    ("shm", 2, 1, "numpy", "float32"), ("shm", 2, 20_000, "torch", "float32"), ("tcp", 2, 1, "torch", "float64"),
+    ("tcp", 3, 5000, "numpy", "float16"),
+])
+def test_ten_thousand_calls_leave_nothing_behind(ranks, transport, size, count, like, dtype):
+    for blocks, heap in ranks(size, transport).run(ten_thousand_calls, count, like, dtype):
+        assert blocks < 50 and heap < 4096, (blocks, heap)
 
 
 # ---- bad input: an error before anything is sent, and the group lives on ---------------------------------------------
