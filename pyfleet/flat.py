@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pyfleet.arrays import hold
-from pyfleet.errors import DType, ReduceOp
+from pyfleet.errors import DType, DTypeError, ReduceOp, ShapeError
 
 NUMPY = {DType.FLOAT32: np.float32, DType.FLOAT64: np.float64, DType.FLOAT16: np.float16, DType.BFLOAT16: np.uint16,
          DType.INT8: np.int8, DType.INT16: np.int16, DType.INT32: np.int32, DType.INT64: np.int64,
@@ -46,6 +47,52 @@ class Flat(NamedTuple):
         """The dtype's name."""
         name = self.dtype.name.lower()
         return name if self.parts == 1 else {"float32": "complex64", "float64": "complex128"}[name]
+
+
+HEAD = struct.Struct("<QQBBH256s")
+
+
+class Head(NamedTuple):
+    """What goes ahead of a message's elements, so that its receiver can make room.
+
+    Attributes:
+        number: of the message among those from its sender to its receiver.
+        count:  of `Flat.data`.
+    """
+
+    number: int
+    count: int
+    dtype: DType
+    parts: int
+    note: bytes
+
+    def pack(self) -> bytes:
+        """HEAD.size bytes."""
+        return HEAD.pack(self.number, self.count, self.dtype, self.parts, len(self.note), self.note)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Head:
+        """The head that was packed."""
+        number, count, dtype, parts, size, note = HEAD.unpack(data)
+        return cls(number, count, DType(dtype), parts, note[:size])
+
+    def scratch(self) -> Flat:
+        """Memory for the elements of a message that nobody wants."""
+        return Flat(np.empty(self.count, NUMPY[self.dtype]), self.dtype, self.parts, None, None)
+
+
+def make_room(make: Callable[[bytes], Any], note: bytes, sent: Flat) -> tuple[Any, Flat]:
+    """(what make returns for a message like `sent`, its elements).
+
+    Raises:  what make raises; DTypeError, ShapeError when the message does not fit.
+    """
+    array = make(note)
+    flat = flatten(array)
+    if flat.type != sent.type:
+        raise DTypeError(f"the array holds {flat.type}, and the message {sent.type}")
+    if flat.count != sent.count:
+        raise ShapeError(f"the array has {flat.count} elements, and the message {sent.count}")
+    return array, flat
 
 
 def flatten(x: Any, writable: bool = True) -> Flat:
@@ -95,3 +142,40 @@ def fold(arrays: list[np.ndarray], dtype: DType, op: int) -> np.ndarray:
         if op == ReduceOp.MEAN:
             total /= total.dtype.type(len(arrays))
     return narrow(total, dtype)
+
+
+def simplify(data: np.ndarray, dtype: DType, op: int, native: set[str]) -> tuple[np.ndarray, int]:
+    """Numbers and an op that lead to the same end where only SUM, MIN, MAX and PRODUCT of `native` dtypes are known.
+
+    Returns data itself where nothing has to change. Minima and maxima of floats become those of integers in the same
+    order, NaN beyond all: libraries compare floats in an order of their own, which loses NaN. `restore` goes back.
+    """
+    if op == ReduceOp.MEAN:
+        op = ReduceOp.SUM
+    if dtype == DType.BOOL:
+        return data.view(np.uint8), ReduceOp.MAX if op in (ReduceOp.SUM, ReduceOp.MAX) else ReduceOp.MIN
+    data = widen(data, dtype)
+    if data.dtype.kind == "f" and op in (ReduceOp.MIN, ReduceOp.MAX):
+        integer = np.int32 if data.itemsize == 4 else np.int64
+        nan, limits = np.isnan(data), np.iinfo(integer)
+        data = _mirror(data.view(integer))
+        data[nan] = limits.max if op == ReduceOp.MAX else limits.min        # both are bits of a NaN when mirrored back
+    if data.dtype.name not in native:
+        data = data.astype(np.int32)        # a narrow integer: low bits of sums and products are the same
+    return data, op
+
+
+def restore(reduced: np.ndarray, dtype: DType, op: int, num_ranks: int) -> np.ndarray:
+    """The result in the dtype's own form, from the reduction of what `simplify` gave; op is the one asked for."""
+    if dtype == DType.BOOL:
+        return reduced.view(np.bool_)
+    if dtype in FLOATS and op in (ReduceOp.MIN, ReduceOp.MAX):
+        reduced = _mirror(reduced).view(np.float32 if reduced.itemsize == 4 else np.float64)
+    if op == ReduceOp.MEAN:
+        reduced /= reduced.dtype.type(num_ranks)
+    return narrow(reduced, dtype).astype(NUMPY[dtype], copy=False)
+
+
+def _mirror(bits):
+    """Between the bits of floats and integers in the same order; its own inverse."""
+    return bits ^ ((bits >> (8 * bits.itemsize - 1)) & np.iinfo(bits.dtype).max)

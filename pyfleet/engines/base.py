@@ -303,6 +303,17 @@ class CallWork(Work):
         self._over.set()
 
 
+def behind(what: str, call: Callable[..., Any], *args: Any) -> CallWork:
+    """The call on a thread of its own."""
+    work = CallWork(what)
+
+    def run():
+        work.run(call, args, {})
+        work.finish()
+    threading.Thread(target=run, daemon=True, name=f"pyfleet-{what}").start()
+    return work
+
+
 class CallThread:
     """Makes calls one after the other, on a thread that starts with the first.
 
@@ -545,12 +556,10 @@ class PlainEngine(Engine):
             start = time.perf_counter()
             try:
                 action(call, *args, limit)
-            except CommunicationError as error:
-                self.failure = error
-                raise
             except BaseException as error:
-                self.failure = PeerLost(f"this rank was interrupted ({type(error).__name__})",
-                                        rank=self.rank, operation=str(call), epoch=self.epoch)
+                self.failure = error if isinstance(error, CommunicationError) else PeerLost(
+                    f"this rank was interrupted ({type(error).__name__})", rank=self.rank, operation=str(call),
+                    epoch=self.epoch)
                 self._leave()           # the others must not wait for it
                 raise
             finally:

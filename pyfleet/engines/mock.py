@@ -13,14 +13,12 @@ from pyfleet.engines.base import Call, PlainEngine, Work
 from pyfleet.errors import (
     CommunicationError,
     ConfigError,
-    DTypeError,
     NotEnoughPeers,
     OutOfStep,
     PeerLost,
-    ShapeError,
     Timeout,
 )
-from pyfleet.flat import Flat, flatten, fold
+from pyfleet.flat import Flat, fold, make_room
 from pyfleet.placement import Placement
 from pyfleet.wiring import Deadline
 
@@ -344,12 +342,7 @@ class Receiving(Work):
                 return
             sent = self.message.flat
             try:
-                array = self.make(self.message.note)
-                flat = flatten(array)
-                if flat.type != sent.type:
-                    raise DTypeError(f"the array holds {flat.type}, and the message {sent.type}")
-                if flat.count != sent.count:
-                    raise ShapeError(f"the array has {flat.count} elements, and the message {sent.count}")
+                array, flat = make_room(self.make, self.message.note, sent)
                 np.copyto(flat.data, sent.data)
                 if flat.bring_back is not None:
                     flat.bring_back()

@@ -142,7 +142,7 @@ def test_receiving_from_a_rank_that_left_is_told():
         if engine.rank == 0:
             engine.isend(np.ones(1), 1, 5)
             engine.close()
-            return None
+            return
         assert engine.recv(lambda _: np.zeros(1), 0, 5)[1] == 0         # what was sent before still arrives
         engine.recv(lambda _: np.zeros(1), 0, 5)
     end = in_world(2, receive)[1]
