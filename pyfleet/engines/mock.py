@@ -1,6 +1,7 @@
 """P2: ranks as threads of one process, for tests of scripts: deterministic, every misuse told by name."""
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -8,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from pyfleet.calls import Call, CallThread, PlainCalls
 from pyfleet.config import ClusterConfig
-from pyfleet.engines.base import Call, PlainEngine, Work
+from pyfleet.engines.base import Engine, Work, set_current
 from pyfleet.errors import (
     CommunicationError,
     ConfigError,
@@ -23,7 +25,7 @@ from pyfleet.placement import Placement
 from pyfleet.wiring import Deadline
 
 
-class MockEngine(PlainEngine):
+class MockEngine(PlainCalls, Engine):
     """One rank of a Room. Calls meet there, the last rank to come computes the result for all, in rank order.
 
     isend copies and is done at once. A rank's threads see its engine only where they are told; the communication
@@ -33,7 +35,9 @@ class MockEngine(PlainEngine):
     name = "mock"
 
     def __init__(self, room: Room, rank: int, epoch: int = 0, timeout: float = 300.0):
-        super().__init__(rank, room.ranks, epoch, timeout, per_thread=True)
+        in_force = functools.partial(set_current, thread=True)
+        super().__init__(rank, room.ranks, epoch, timeout,
+                         thread=CallThread(functools.partial(in_force, self), functools.partial(in_force, None)))
         self.room = room
 
     @classmethod

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from pyfleet.calls import Call, PlainCalls, behind
 from pyfleet.config import ClusterConfig
-from pyfleet.engines.base import Call, PlainEngine, behind
+from pyfleet.engines.base import Engine
 from pyfleet.errors import CommunicationError, ConfigError, PeerLost, ReduceOp, ShapeError, Timeout
 from pyfleet.flat import HEAD, Head, make_room, restore, simplify
 from pyfleet.placement import Placement
@@ -25,7 +26,7 @@ _library = threading.Lock()     # around every call of MPI, so that THREAD_SERIA
 _abandoned: list[tuple] = []    # requests that ran out of time, and their memory: MPI may still write there
 
 
-class MpiEngine(PlainEngine):
+class MpiEngine(PlainCalls, Engine):
     """Collectives over MPI's nonblocking calls, looked at until they are done or out of time.
 
     Half-width floats are summed in float32 and rounded once, NaN propagates; the order of sums, and whether all ranks

@@ -14,8 +14,9 @@ from torch import distributed
 from torch.distributed import PrefixStore, ProcessGroupGloo, distributed_c10d
 
 from pyfleet.arrays import is_tensor, torch_dtype_code
+from pyfleet.calls import PlainCalls, behind
 from pyfleet.config import ClusterConfig
-from pyfleet.engines.base import Deadline, PlainEngine, behind
+from pyfleet.engines.base import Engine
 from pyfleet.errors import (
     CommunicationError,
     ConfigError,
@@ -27,6 +28,7 @@ from pyfleet.errors import (
 )
 from pyfleet.flat import HEAD, Flat, Head, make_room, restore, simplify
 from pyfleet.placement import Placement
+from pyfleet.wiring import Deadline
 
 BODY_TAGS = 2**30                       # bodies under way at one time between two ranks; gloo's tags have 31 bits
 GLOO_NATIVE = {"float32", "float64", "int8", "uint8", "int32", "int64"}
@@ -39,7 +41,7 @@ _stores: dict[str, Any] = {}    # rendezvous -> store: rank 0's serves as long a
 _num_opened = 0                 # engines so far; equal on all ranks, so that no two find each other's keys
 
 
-class GlooEngine(PlainEngine):
+class GlooEngine(PlainCalls, Engine):
     """Collectives over gloo. Each engine has process groups of its own, beside the default one of torch.distributed.
 
     Half-width floats are summed in float32 and rounded once, NaN propagates, and results have the same bits on all
