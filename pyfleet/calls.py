@@ -58,6 +58,8 @@ class CallWork:
             self._result = call(*args, **kwargs)
         except BaseException as error:      # noqa: BLE001 belongs to whoever waits
             self._error = error
+        finally:
+            del call, args, kwargs          # which the error's traceback would keep
 
     def finish(self) -> None:
         """Let the waiters go."""
@@ -67,12 +69,14 @@ class CallWork:
 def behind(what: str, call: Callable[..., Any], *args: Any) -> CallWork:
     """The call on a thread of its own."""
     work = CallWork(what)
-
-    def run():
-        work.run(call, args, {})
-        work.finish()
-    threading.Thread(target=run, daemon=True, name=f"pyfleet-{what}").start()
+    threading.Thread(target=_make, args=(work, call, args), daemon=True, name=f"pyfleet-{what}").start()
     return work
+
+
+def _make(work, call, args):
+    work.run(call, args, {})
+    del call, args                  # an error's traceback leads here, too
+    work.finish()
 
 
 class CallThread:

@@ -127,6 +127,8 @@ class GlooEngine(PlainCalls, Engine):
             self._await(start(group), group, call, limit)
         except RuntimeError as error:
             raise self._translated(error, call) from None
+        finally:
+            del group                   # or the traceback of an error would keep its connections, and peers would wait
 
     def _await(self, work, group, call, limit):
         over = threading.Event()        # work.wait() alone could not be interrupted
@@ -136,15 +138,16 @@ class GlooEngine(PlainCalls, Engine):
         try:
             if not self._closed:
                 over.wait(limit.left() + LATE_S)
+            if self._closed:
+                raise PeerLost(f"this rank has left during {call}", rank=self.rank, operation=str(call), epoch=self.epoch)
+            if not future.done():
+                raise Timeout(f"timed out after {limit.seconds:g} s during {call}", operation=str(call), epoch=self.epoch)
+            work.wait()
         finally:
             self._waiting.discard(over)
             if not future.done():       # a group that goes with a call under way waits for it, and all threads with it
                 threading.Thread(target=_outlive, args=(work, group), daemon=True).start()
-        if self._closed:
-            raise PeerLost(f"this rank has left during {call}", rank=self.rank, operation=str(call), epoch=self.epoch)
-        if not future.done():
-            raise Timeout(f"timed out after {limit.seconds:g} s during {call}", operation=str(call), epoch=self.epoch)
-        work.wait()
+            del work, group, future     # as in _run
 
     def _translated(self, error, call, peer=None):
         """The error of ours that says what torch's says."""
@@ -278,6 +281,8 @@ class GlooEngine(PlainCalls, Engine):
                 work.wait(_timedelta(limit))
         except RuntimeError as error:
             raise self._lost(error, call, dst) from None
+        finally:
+            del works
 
     def _irecv(self, make, src, tag, limit):
         call = f"recv(src={'any' if src is None else src}, tag={tag})"
@@ -306,6 +311,8 @@ class GlooEngine(PlainCalls, Engine):
                 data.recv([body], src, told.number).wait(_timedelta(limit))
         except RuntimeError as error:
             raise self._lost(error, call, src) from None
+        finally:
+            del work, data              # as in _run
         if problem is not None:
             raise problem
         if flat.bring_back is not None:
@@ -316,6 +323,7 @@ class GlooEngine(PlainCalls, Engine):
         """The translated error, which has ended this group."""
         error = self._translated(error, call, peer)
         self.failure = self.failure or error
+        self._leave()
         return error
 
     def _leave(self):
