@@ -178,6 +178,7 @@ class PlainCalls:
         self._turn, self._count_lock = threading.Lock(), threading.Lock()
         self._calls = CallThread() if thread is None else thread
         self._operations: dict[str, dict] = {}
+        self._messages = {"sends": 0, "receives": 0, "sent_bytes": 0, "received_bytes": 0}
         self._sequence = 0
         self._pid, self._closed = os.getpid(), False
 
@@ -263,16 +264,16 @@ class PlainCalls:
 
     def isend(self, x, dst, tag=0, note=b"", *, timeout=None):
         self._require_rank("dst", dst)
-        self._require_message(dst, tag, note)
+        self._require_message(tag, note)
         flat, limit = self._flat(x, False), self._limit(timeout)
         self._demand_alive()
-        self._count("send", flat.data.nbytes, 0.0)
+        self._count_message("sends", "sent_bytes", flat)
         return self._isend(flat, dst, tag, bytes(note), limit)
 
     def irecv(self, make, src=None, tag=0, *, timeout=None):
         if src is not None:
             self._require_rank("src", src)
-        self._require_message(src, tag, b"")
+        self._require_message(tag, b"")
         limit = self._limit(timeout)
         self._demand_alive()
         return self._irecv(make, src, tag, limit)
@@ -299,8 +300,9 @@ class PlainCalls:
 
     def stats(self):
         with self._count_lock:
-            operations = {verb: dict(row) for verb, row in self._operations.items()}
-        return {"links": {}, "shared_memory": {"read_bytes": 0}, "operations": operations, "algorithms": {}}
+            operations, messages = {verb: dict(row) for verb, row in self._operations.items()}, dict(self._messages)
+        return {"links": {}, "shared_memory": {"read_bytes": 0}, "operations": operations, "algorithms": {},
+                "messages": messages | {"read_bytes": 0, "unread_bytes": {}, "links": {}}}
 
     def close(self):
         if self._closed or self._pid != os.getpid():
@@ -348,6 +350,11 @@ class PlainCalls:
             row["bytes"] += nbytes
             row["seconds"] += seconds
 
+    def _count_message(self, what, how_much, flat):
+        with self._count_lock:
+            self._messages[what] += 1
+            self._messages[how_much] += flat.data.nbytes
+
     def _limit(self, timeout):
         seconds = self.timeout if timeout is None else timeout
         if not seconds > 0:
@@ -376,9 +383,7 @@ class PlainCalls:
         if not 0 <= rank < self.world_size:
             raise ConfigError(f"{name} is {rank}, but the ranks are 0 to {self.world_size - 1}")
 
-    def _require_message(self, peer, tag, note):
-        if peer == self.rank:
-            raise ConfigError(f"rank {peer} cannot send to itself")
+    def _require_message(self, tag, note):
         if not 0 <= tag <= MAX_TAG:
             raise ConfigError(f"tag must be from 0 to {MAX_TAG}, not {tag}")
         if len(note) > MAX_NOTE_BYTES:
@@ -418,7 +423,8 @@ class PlainCalls:
     def _isend(self, flat: Flat, dst: int, tag: int, note: bytes, limit: Deadline) -> Any: ...
 
     @abstractmethod
-    def _irecv(self, make: Callable[[bytes], Any], src: int | None, tag: int, limit: Deadline) -> Any: ...
+    def _irecv(self, make: Callable[[bytes], Any], src: int | None, tag: int, limit: Deadline) -> Any:
+        """As the verb; calls `_count_message` when the message is there."""
 
     @abstractmethod
     def _new_group(self, call: Call, ranks: tuple[int, ...], limit: Deadline) -> Any: ...

@@ -106,6 +106,8 @@ def open_other(backend: str, place: Placement, cluster: ClusterConfig,
 
     Raises:  as open_engine, and ConfigError when the backend cannot work here.
     """
+    if cluster.encryption == "on" and backend not in engines.PER_THREAD:
+        raise ConfigError(f"encryption is 'on', but what backend {backend!r} sends is neither sealed nor proven: use 'fleet'")
     deadline = Deadline(cluster.peer_timeout if timeout is None else timeout)
     engine = engines.engine_class(backend).open(place, cluster, deadline.seconds)
     try:

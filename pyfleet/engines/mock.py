@@ -219,11 +219,10 @@ class Room:
         engine = receiver.engine
         with self.changed:
             while receiver.message is None:
-                senders = [peer for peer in range(len(self.ranks)) if peer != engine.rank] \
-                    if receiver.src is None else [receiver.src]
+                senders = range(len(self.ranks)) if receiver.src is None else [receiver.src]
+                senders = [peer for peer in senders if peer != engine.rank or len(senders) == 1]
                 if all(peer in self.gone for peer in senders) and self.verdict is None:
-                    who = senders[0] if senders else engine.rank
-                    self._condemn(loss(who, self.gone.get(who, "is alone")))
+                    self._condemn(loss(senders[0], self.gone[senders[0]]))
                 self._demand_verdict(engine.rank, engine.epoch, receiver.call)
                 first = min(limit, own, key=lambda deadline: deadline.end)
                 if not self._wait(first):
@@ -350,6 +349,7 @@ class Receiving(Work):
                 np.copyto(flat.data, sent.data)
                 if flat.bring_back is not None:
                     flat.bring_back()
+                self.engine._count_message("receives", "received_bytes", flat)
                 self._result = array, self.message.src
             except Exception as error:      # noqa: BLE001 raised by wait
                 self._error = error

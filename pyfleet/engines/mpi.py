@@ -224,6 +224,7 @@ class MpiEngine(PlainCalls, Engine):
             raise problem
         if flat.bring_back is not None:
             flat.bring_back()
+        self._count_message("receives", "received_bytes", flat)
         return array, src
 
     def _lost(self, error, call):

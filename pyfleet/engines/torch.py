@@ -4,6 +4,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import deque
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from torch import distributed
 from torch.distributed import PrefixStore, ProcessGroupGloo, distributed_c10d
 
 from pyfleet.arrays import is_tensor, torch_dtype_code
-from pyfleet.calls import PlainCalls, behind
+from pyfleet.calls import CallWork, PlainCalls, behind
 from pyfleet.config import ClusterConfig
 from pyfleet.engines.base import Engine
 from pyfleet.errors import (
@@ -47,8 +49,8 @@ class GlooEngine(PlainCalls, Engine):
     Half-width floats are summed in float32 and rounded once, NaN propagates, and results have the same bits on all
     ranks, but sums are not in rank order. Tensors on a device go through host memory. gloo does not compare calls: ranks
     out of step get wrong data or a Timeout. After one rank's Timeout the others may get PeerLost, which names no rank
-    unless it is about a message. A receive from any rank does not notice that a peer died; it ends at its deadline, and
-    so does a receive under way when the engine is closed.
+    unless it is about a message. A receive from any rank notices neither that a peer died nor, once it waits, what this
+    rank sends to itself; it ends at its deadline, and so does a receive under way when the engine is closed.
     """
 
     name = "gloo"
@@ -61,6 +63,7 @@ class GlooEngine(PlainCalls, Engine):
         self._heads = self._connect("heads", limit)
         self._num_groups, self._num_sent = 0, [0] * self.world_size
         self._mail = threading.Lock()
+        self._own: dict[int, tuple[deque, deque]] = {}      # tag -> messages to itself, receives that wait for one
         self._waiting: set[threading.Event] = set()
 
     @classmethod
@@ -259,6 +262,8 @@ class GlooEngine(PlainCalls, Engine):
     # ---- messages: a head with the tag, so that the receiver can make room; then a body with a tag of its own -------
 
     def _isend(self, flat, dst, tag, note, limit):
+        if dst == self.rank:
+            return self._send_own(tag, note, flat)
         body = torch.from_numpy(_host(flat).view(np.uint8))
         with self._mail:
             self._demand_alive()
@@ -289,6 +294,8 @@ class GlooEngine(PlainCalls, Engine):
         head = torch.empty(HEAD.size, dtype=torch.uint8)
         with self._mail:
             self._demand_alive()
+            if src == self.rank or (src is None and (self.world_size == 1 or self._own.get(tag, ((),))[0])):
+                return self._receive_own(make, tag, limit)
             try:
                 work = self._heads.recv_anysource([head], tag) if src is None else self._heads.recv([head], src, tag)
             except RuntimeError as error:
@@ -315,9 +322,48 @@ class GlooEngine(PlainCalls, Engine):
             del work, data              # as in _run
         if problem is not None:
             raise problem
+        return self._delivered(array, flat, src)
+
+    def _delivered(self, array, flat, src):
         if flat.bring_back is not None:
             flat.bring_back()
+        self._count_message("receives", "received_bytes", flat)
         return array, src
+
+    # gloo does not carry what a rank sends to itself: that waits here, by tag, for a receive, or a receive for it.
+
+    def _send_own(self, tag, note, flat):
+        sent = note, flat._replace(data=_host(flat).copy(), owner=None)
+        with self._mail:
+            mail, receives = self._own.setdefault(tag, (deque(), deque()))
+            if receives:
+                receives.popleft().set_result(sent)
+            else:
+                mail.append(sent)
+        work = CallWork("send")
+        work.finish()                           # x may be used again
+        return work
+
+    def _receive_own(self, make, tag, limit):
+        ticket = Future()
+        mail, receives = self._own.setdefault(tag, (deque(), deque()))
+        if mail:
+            ticket.set_result(mail.popleft())
+        else:
+            receives.append(ticket)
+        return behind("recv", self._finish_own, make, ticket, f"recv(src={self.rank}, tag={tag})", limit)
+
+    def _finish_own(self, make, ticket, call, limit):
+        try:
+            note, sent = ticket.result(limit.left())
+        except TimeoutError:
+            self.failure = self.failure or Timeout(f"timed out waiting for rank {self.rank} itself during {call}",
+                                                   rank=self.rank, operation=call, epoch=self.epoch)
+            self._leave()
+            raise self.failure from None
+        array, flat = make_room(make, note, sent)
+        np.copyto(flat.data, sent.data)
+        return self._delivered(array, flat, self.rank)
 
     def _lost(self, error, call, peer):
         """The translated error, which has ended this group."""
