@@ -2,9 +2,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import copy
 import os
+import socket
 import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from pyfleet import engines
@@ -15,16 +19,16 @@ from pyfleet.identity import Namespace
 from pyfleet.members import Member
 from pyfleet.placement import Placement, placement
 from pyfleet.rendezvous import open_store
-from pyfleet.wiring import Deadline, Exchange, connect, make_arena, meet
+from pyfleet.wiring import Deadline, Exchange, connect, host_id, make_arena, meet
 
 _lock = threading.Lock()
-_fleet: Fleet | None = None
+_fleets: dict[engines.Engine, Fleet] = {}       # one, unless threads are ranks
 
 
 class Fleet:
     """The ranks that train together, as this rank sees them."""
 
-    def __init__(self, engine: FleetEngine, members: list[Member], cluster: ClusterConfig):
+    def __init__(self, engine: engines.Engine, members: list[Member], cluster: ClusterConfig):
         self.engine, self.members, self.cluster = engine, members, cluster
 
     @property
@@ -96,12 +100,45 @@ def open_engine(place: Placement, cluster: ClusterConfig, timeout: float | None 
     return FleetEngine(wired), members
 
 
+def open_other(backend: str, place: Placement, cluster: ClusterConfig,
+               timeout: float | None = None) -> tuple[engines.Engine, list[Member]]:
+    """As open_engine, over an engine that finds the other ranks by itself: every kind but "fleet".
+
+    Raises:  as open_engine, and ConfigError when the backend cannot work here.
+    """
+    if cluster.encryption == "on" and backend not in engines.PER_THREAD:
+        raise ConfigError(f"encryption is 'on', but what backend {backend!r} sends is neither sealed nor proven: use 'fleet'")
+    deadline = Deadline(cluster.peer_timeout if timeout is None else timeout)
+    engine = engines.engine_class(backend).open(place, cluster, deadline.seconds)
+    try:
+        members = exchange_cards(engine, max(deadline.left(), 1.0))
+    except BaseException:
+        engine.close()
+        raise
+    own = [member.rank for member in members if member.host == members[engine.rank].host]
+    engine.local_rank, engine.local_world_size = own.index(engine.rank), len(own)
+    return engine, members
+
+
+def exchange_cards(engine: engines.Engine, timeout: float) -> list[Member]:
+    """Everyone's card, over the engine itself."""
+    card = Member(engine.rank, host_id(), socket.gethostname(), os.getpid()).card()
+    return [Member.from_card(each) for each in engines.all_gather_object(engine, card, timeout)]
+
+
+# How to get from a place to an engine; what is not listed finds its peers by itself.
+OPENERS: dict[str, Callable[..., tuple[engines.Engine, list[Member]]]] = {"fleet": open_engine}
+
+
 def init(backend: str = "fleet", rank: int | None = None, world_size: int | None = None, peers: list[str] | None = None,
          namespace: str | None = None, psk_file: str | None = None, min_nodes: int | None = None,
          timeout: float | None = None, config: Any = None) -> Fleet:
     """Join the other ranks; from here on the collective functions work. Idempotent.
 
-    Args:    rank, world_size: this process's place; from the environment when not given (see README), else alone.
+    Args:    backend: who moves the bytes. "fleet": pyfleet itself; "gloo", "nccl": torch.distributed, beside the default
+             process group when the script has made one; "mpi": mpi4py, under mpirun; "mock": the ranks are threads of
+             this process, each of which calls init with its rank (see pyfleet.testing.run_ranks).
+             rank, world_size: this process's place; from the environment when not given (see README), else alone.
              peers: "host:port" of every rank in rank order; the first is where they meet. No discovery then.
              namespace, psk_file: with whom, and the file that holds the secret shared with them; ranks on other hosts
              that can not prove that they know it are refused. They stand above the settings of the same names.
@@ -109,12 +146,13 @@ def init(backend: str = "fleet", rank: int | None = None, world_size: int | None
              config: path of a YAML or JSON file, or a ClusterConfig.
     Raises:  NotEnoughPeers("found 1 of 3 ..."), AuthFailed, ConfigError, PeerLost; never hangs.
     """
-    global _fleet
-    with _lock:
-        if _fleet is not None:
-            return _fleet
-        if backend not in engines.ENGINES:
-            raise ConfigError(f"backend {backend!r} is not one of {', '.join(engines.ENGINES)}")
+    if backend not in engines.ENGINES:
+        raise ConfigError(f"backend {backend!r} is not one of {', '.join(engines.ENGINES)}")
+    per_thread = backend in engines.PER_THREAD
+    with contextlib.nullcontext() if per_thread else _lock:
+        joined = _joined()
+        if joined is not None and (not per_thread or joined.engine.name == backend):
+            return joined
         if min_nodes is not None:
             raise ConfigError("min_nodes needs discovery, which this release does not have yet")
         if timeout is not None and not timeout > 0:
@@ -122,10 +160,15 @@ def init(backend: str = "fleet", rank: int | None = None, world_size: int | None
         cluster = config if isinstance(config, ClusterConfig) else load_config(config)[1]
         cluster = _with_secrets(cluster, namespace, psk_file)
         place = placement(rank, world_size) if peers is None else _place_among(peers, rank, world_size)
-        engine, members = open_engine(place, cluster, timeout)
-        _fleet = Fleet(engine, members, cluster)
-        engines.set_current(engine)
-        return _fleet
+        engine, members = OPENERS.get(backend, partial(open_other, backend))(place, cluster, timeout)
+        return enter(Fleet(engine, members, cluster))
+
+
+def enter(fleet: Fleet) -> Fleet:
+    """Put a fleet in force; for the calling thread alone where threads are ranks."""
+    _fleets[fleet.engine] = fleet
+    engines.set_current(fleet.engine, thread=fleet.engine.name in engines.PER_THREAD)
+    return fleet
 
 
 def _with_secrets(cluster, namespace, psk_file):
@@ -154,12 +197,12 @@ def _place_among(peers, rank, world_size):
 
 def shutdown() -> None:
     """Leave the fleet: peers that still wait for this rank get PeerLost. Idempotent; also runs at exit."""
-    global _fleet
     with _lock:
-        if _fleet is not None:
-            _fleet.engine.close()
-            engines.set_current(None)
-            _fleet = None
+        fleet = _joined()
+        if fleet is not None:
+            fleet.engine.close()
+            engines.set_current(None, thread=fleet.engine.name in engines.PER_THREAD)
+            del _fleets[fleet.engine]
 
 
 def current() -> Fleet:
@@ -167,14 +210,20 @@ def current() -> Fleet:
 
     Raises:  NotInitialized.
     """
-    if _fleet is None:
+    fleet = _joined()
+    if fleet is None:
         raise NotInitialized("there is no fleet yet: call pyfleet.init() first")
-    return _fleet
+    return fleet
 
 
 def is_initialized() -> bool:
     """Whether init() has joined a fleet that shutdown() has not left."""
-    return _fleet is not None
+    return _joined() is not None
+
+
+def _joined():
+    """The fleet in force, for this thread or else for the process, or None."""
+    return _fleets.get(engines.current()) if engines.is_current() else None
 
 
 def rank() -> int:
@@ -199,9 +248,10 @@ def is_leader() -> bool:
 
 def _forget_in_child() -> None:
     # A forked child shares the parent's sockets and board: it must touch neither, not even to say good-bye.
-    global _fleet, _lock
-    _fleet, _lock = None, threading.Lock()
-    engines.set_current(None)
+    global _lock
+    _lock = threading.Lock()
+    _fleets.clear()
+    engines.forget_all()
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

@@ -2,17 +2,15 @@
 from __future__ import annotations
 
 import json
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from pyfleet.calls import CallWork
 from pyfleet.errors import ConfigError, NotInitialized
-
-# What Engine.submit takes by name.
-VERBS = ("all_reduce", "broadcast", "reduce", "all_gather_into", "gather_into", "scatter_into", "reduce_scatter_into",
-         "all_to_all_into", "barrier")
 
 
 class Work(ABC):
@@ -29,6 +27,9 @@ class Work(ABC):
     @abstractmethod
     def done(self) -> bool:
         """Whether `wait` would return (or raise) at once."""
+
+
+Work.register(CallWork)
 
 
 class Engine(ABC):
@@ -207,22 +208,44 @@ def to_json(obj: Any) -> bytes:
                           f"{error}") from None
 
 
-_current: Engine | None = None
+# ---- the engine in force --------------------------------------------------------------------------------------------
+
+_current: Engine | None = None      # the process's engine, as long as no thread has one of its own: one read finds it
+_process: Engine | None = None
+_thread = threading.local()         # .engine: the thread's own
+_num_threads = 0                    # how many threads have one
+_switch = threading.Lock()
 
 
 def current() -> Engine:
-    """The engine that pyfleet.init() put in force."""
-    if _current is None:
-        raise NotInitialized("there is no fleet yet: call pyfleet.init() first")
-    return _current
+    """The engine that pyfleet.init() put in force, for this thread or else for the process."""
+    engine = _current
+    if engine is None:
+        engine = getattr(_thread, "engine", None) or _process
+        if engine is None:
+            raise NotInitialized("there is no fleet yet: call pyfleet.init() first")
+    return engine
 
 
-def set_current(engine: Engine | None) -> None:
-    """Put an engine in force, or none."""
-    global _current
-    _current = engine
+def set_current(engine: Engine | None, *, thread: bool = False) -> None:
+    """Put an engine in force, or none: for the whole process, or for the calling thread only."""
+    global _current, _num_threads, _process
+    with _switch:
+        if thread:
+            _num_threads += (engine is not None) - (getattr(_thread, "engine", None) is not None)
+            _thread.engine = engine
+        else:
+            _process = engine
+        _current = None if _num_threads else _process
 
 
 def is_current() -> bool:
     """Whether an engine is in force."""
-    return _current is not None
+    return (_current or getattr(_thread, "engine", None) or _process) is not None
+
+
+def forget_all() -> None:
+    """In a forked child: no engine is in force, whatever the parent's threads were doing."""
+    global _current, _num_threads, _process, _switch, _thread
+    _current = _process = None
+    _switch, _thread, _num_threads = threading.Lock(), threading.local(), 0

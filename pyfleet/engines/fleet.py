@@ -8,39 +8,10 @@ import zlib
 from typing import Any
 
 from pyfleet.arrays import hold, reduce_op
-from pyfleet.engines.base import VERBS, Engine, Work, all_gather_object
-from pyfleet.errors import ConfigError, Timeout
+from pyfleet.calls import VERBS, CallWork
+from pyfleet.engines.base import Engine, Work, all_gather_object
+from pyfleet.errors import ConfigError
 from pyfleet.wiring import Deadline, Wired, connect
-
-
-class FleetWork(Work):
-    """A call on the communication thread."""
-
-    __slots__ = ("_error", "_over", "_result", "_what")
-
-    def __init__(self, what: str):
-        self._over, self._result, self._error, self._what = threading.Event(), None, None, what
-
-    def wait(self, timeout=None):
-        if not self._over.wait(timeout):
-            raise Timeout(f"{self._what} is still under way after {timeout:g} s", operation=self._what)
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-    def done(self):
-        return self._over.is_set()
-
-    def run(self, call, args, kwargs):
-        """Make the call and keep what came of it; never raises."""
-        try:
-            self._result = call(*args, **kwargs)
-        except BaseException as error:      # noqa: BLE001 belongs to whoever waits
-            self._error = error
-
-    def finish(self):
-        """Let the waiters go."""
-        self._over.set()
 
 
 class Filled:
@@ -215,7 +186,7 @@ class FleetEngine(Engine):
             if call not in VERBS:
                 raise ConfigError(f"there is no operation {call!r}")
             call = getattr(self, call)
-        work = FleetWork(call.__name__)
+        work = CallWork(call.__name__)
         with self._lock:
             if self._thread is None:
                 self._queue = queue.SimpleQueue()

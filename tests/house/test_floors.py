@@ -16,10 +16,10 @@ FLOORS = {
     "C3": ("fleetcore", ["executor", "postroom", "mailbox"]),
     "C4": ("fleetcore", ["group"]),
     "P0": ("pyfleet", ["errors", "config", "placement", "members", "metrics", "output"]),
-    "P1": ("pyfleet", ["arrays", "identity/", "discovery/", "rendezvous/", "compressors/", "exporters/"]),
-    "P2": ("pyfleet", ["connections", "wiring", "compression", "membership/", "gradients/", "data/", "engines/"]),
+    "P1": ("pyfleet", ["arrays", "flat", "identity/", "discovery/", "rendezvous/", "compressors/", "exporters/"]),
+    "P2": ("pyfleet", ["connections", "wiring", "compression", "calls", "membership/", "gradients/", "data/", "engines/"]),
     "P3": ("pyfleet", ["sampling", "fleet", "collectives", "context", "strategies/", "estimators/"]),
-    "P4": ("pyfleet", ["checkpoint", "trainer", "integrations/"]),
+    "P4": ("pyfleet", ["checkpoint", "testing", "trainer", "integrations/"]),
     "P5": ("pyfleet", ["launchers/", "examples/"]),
     "P6": ("pyfleet", ["commands/"]),
 }
