@@ -122,7 +122,7 @@ cdef class Executor:
     cdef int check_frame(self, Lane *lane, const Call *call, uint64_t sequence, Fault *fault) noexcept nogil
     cdef int fold(self, Program program, int number, const Call *call, const char *source, char *target, Fault *fault) noexcept nogil
     cdef int awaited(self, Program program) noexcept nogil
-    cdef void wake_at(self, Lane *lane) noexcept nogil
+    cdef void wake_at(self, const Step *step, Lane *lane) noexcept nogil
     cdef size_t chunk_end(self, const Step *step, size_t at) noexcept nogil
     cdef bint may_push(self, Program program, Lane *lane) noexcept nogil
     cdef bint may_pull(self, Program program, Lane *lane) noexcept nogil

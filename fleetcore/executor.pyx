@@ -124,7 +124,7 @@ cdef class Executor:
         self.rank, self.size, self.links, self.controls = rank, len(links), links, controls
         self.epoch, self.group, self.chunk_bytes, self.spin_ns = epoch, group, chunk_bytes, spin_ns
         self.lanes = <Lane *>calloc(self.size, sizeof(Lane))
-        self.fds = <pollfd *>calloc(2 * self.size, sizeof(pollfd))
+        self.fds = <pollfd *>calloc(3 * self.size, sizeof(pollfd))
         self.srcs = <void **>calloc(self.size, sizeof(void *))
         if (self.lanes == NULL or self.fds == NULL or self.srcs == NULL
                 or posix_memalign(<void **>&self.rooms, 4096, self.size * ROOMS * chunk_bytes) != 0):
@@ -385,25 +385,24 @@ cdef class Executor:
         cdef Lane *lane
         for i in range(self.size):
             lane = &self.lanes[i]
-            self.fds[2 * i].fd = self.fds[2 * i + 1].fd = -1
+            self.fds[3 * i].fd = self.fds[3 * i + 1].fd = self.fds[3 * i + 2].fd = -1
             if i == self.rank:
                 continue
-            self.fds[2 * i].events = 0
             if lane.tx >= 0 and lane.tx_full and self.may_push(program, lane):
-                self.fds[2 * i].events |= POLLOUT
+                self.fds[3 * i + 1].fd = lane.wire.send_fd if lane.wire.send_fd >= 0 else lane.wire.fd
+                self.fds[3 * i + 1].events = POLLOUT
             if lane.rx >= 0 and lane.rx_dry and self.may_pull(program, lane):
-                self.fds[2 * i].events |= POLLIN
-                self.wake_at(lane)
-            if self.fds[2 * i].events:
-                self.fds[2 * i].fd = lane.wire.fd
+                self.fds[3 * i].fd = lane.wire.fd
+                self.fds[3 * i].events = POLLIN
+                self.wake_at(&program.steps[lane.rx], lane)
             if not lane.left:
-                self.fds[2 * i + 1].fd = lane.control.fd
-                self.fds[2 * i + 1].events = POLLIN
+                self.fds[3 * i + 2].fd = lane.control.fd
+                self.fds[3 * i + 2].events = POLLIN
         rc = 0
         while rc == 0 and self.spinning and now_ns() - start < self.spinning:
-            rc = poll(self.fds, 2 * self.size, 0)
+            rc = poll(self.fds, 3 * self.size, 0)
         if rc == 0:
-            rc = poll(self.fds, 2 * self.size, <int>((nap + 999_999) // 1_000_000))
+            rc = poll(self.fds, 3 * self.size, <int>((nap + 999_999) // 1_000_000))
         if rc < 0 and last_errno() != EINTR:
             return self.blame(fault, ST_SYSTEM, self.rank, last_errno())
         if rc == 0 and not self.told:              # a whole nap: say once what this rank is waiting in
@@ -415,9 +414,9 @@ cdef class Executor:
             return self.blame(fault, ST_INTERRUPTED, self.rank, 0) if interrupted() else OK
         for i in range(self.size):
             lane = &self.lanes[i]
-            if self.fds[2 * i].fd >= 0 and self.fds[2 * i].revents:
+            if (self.fds[3 * i].fd >= 0 and self.fds[3 * i].revents) or (self.fds[3 * i + 1].fd >= 0 and self.fds[3 * i + 1].revents):
                 lane.tx_full = lane.rx_dry = 0
-            if self.fds[2 * i + 1].fd >= 0 and self.fds[2 * i + 1].revents:
+            if self.fds[3 * i + 2].fd >= 0 and self.fds[3 * i + 2].revents:
                 rc = self.read_notice(lane, sequence, fault)
                 if rc == ST_PEER_LOST and fault.reporter < 0:
                     return self.blame(fault, ST_PEER_LOST, i, lane.control.error)
@@ -425,11 +424,11 @@ cdef class Executor:
                     return rc
         return OK
 
-    cdef void wake_at(self, Lane *lane) noexcept nogil:
+    cdef void wake_at(self, const Step *step, Lane *lane) noexcept nogil:
         """Have poll() report the lane once it is worth waking up for."""
-        cdef size_t missing = FRAME_BYTES + lane.rx_length - lane.rx_got
-        cdef int least = WAKE_BYTES if lane.rx_length and missing >= <size_t>WAKE_BYTES else 1
-        if least != lane.least and not lane.wire.authentic:    # a sealed link holds part of what is missing itself
+        cdef size_t missing = FRAME_BYTES + self.chunk_end(step, lane.rx_at) - lane.rx_at - lane.rx_got
+        cdef int least = WAKE_BYTES if missing >= <size_t>WAKE_BYTES else 1
+        if least != lane.least and lane.wire.patient:
             lane.least = least
             setsockopt(lane.wire.fd, SOL_SOCKET, SO_RCVLOWAT, &least, sizeof(least))
 

@@ -247,6 +247,7 @@ class ClusterConfig(_Settings):
     timeout: float = _key(300.0, _number(0))                    # seconds; default deadline of a collective
     congestion: str | None = _key(None, _maybe(_text()))        # TCP congestion control, by its kernel name
     arena_bytes: int | None = _key(None, _maybe(_integer(1)))   # shared memory of a host; None: by need
+    stripes: int | None = _key(None, _maybe(_integer(1, 4)))    # connections per link; None: 4 above 10 Gbit/s, else 1
     home: str | None = _key(None, _maybe(_text()))              # where this node's key lives; None: ~/.pyfleet
     iface: str | None = _key(None, _maybe(_text()))             # network interface to use; None: the best measured
     log_level: str = _key("warning", _one_of("debug", "info", "warning", "error", "critical"))

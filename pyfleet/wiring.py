@@ -24,6 +24,7 @@ from fleetcore.executor import Executor
 from fleetcore.group import Group
 from fleetcore.mailbox import Mailbox
 from fleetcore.transports.secure import RECORD_BYTES, SecureLink
+from fleetcore.transports.striped import StripedLink
 from fleetcore.transports.tcp import TcpLink
 
 from pyfleet.config import ClusterConfig
@@ -41,6 +42,8 @@ SPIN_NS = 20_000                    # about the cost of sleeping and being woken
 LARGEST_ARENA = 64 << 30            # address space, not memory
 SMALLEST_ARENA = 256 << 20
 FDS_PER_MESSAGE = 64                # the kernel takes 253
+DATA_KINDS = (Kind.DATA, Kind.STRIPE_1, Kind.STRIPE_2, Kind.STRIPE_3)
+FAST_MBIT_S = 10_000                # up to here one connection fills the wire
 NOTICE_RECORD_BYTES = 4096          # control connections carry notices of a few hundred bytes
 
 log = logging.getLogger("pyfleet.links")
@@ -195,7 +198,8 @@ def connect(members: list[Member], rank: int, arena: Arena, cluster: ClusterConf
         where = "127.0.0.1" if len(local) == size else ""
         listener = meeting.enter_context(socket.create_server((where, 0), backlog=BACKLOG))
         card |= {"addresses": [where] if where else own_addresses(cluster.iface), "port": listener.getsockname()[1],
-                 "node": key.public.hex(), "encryption": cluster.encryption}
+                 "node": key.public.hex(), "encryption": cluster.encryption, "stripes": num_stripes(cluster),
+                 "striped": cluster.stripes is not None}
         cards = exchange(card)
         domain = executor = None
         if in_memory:
@@ -206,10 +210,16 @@ def connect(members: list[Member], rank: int, arena: Arena, cluster: ClusterConf
             domain = Domain([there for there, _ in mapped], local.index(rank), leader["board"], [pid for _, pid in mapped],
                             board=board, spin_ns=spin_ns(len(local)), path=cluster.same_host, names=local)
         kinds = (Kind.DATA, Kind.CONTROL, Kind.MESSAGE) if by_links else (Kind.MESSAGE,)
-        proven = _connect_all(listener, cards, members, rank, kinds, cluster, deadline, namespace, key)
-        links = {kind: [None if place == rank else _link(proven[kind, place], (kind, place), cluster)
-                        for place in range(size)] for kind in kinds}
+        stripes = [_kinds_of_data(cards[rank], cards[place], members[rank], members[place]) for place in range(size)]
+        proven = _connect_all(listener, cards, members, rank,
+                              [(*stripes[place], *kinds[1:]) if by_links else kinds for place in range(size)], cluster, deadline,
+                              namespace, key)
+        single = {place: _link(connection, place, cluster) for place, connection in proven.items()}
+        links = {kind: [single.get((kind, place)) for place in range(size)] for kind in kinds}
         if by_links:
+            links[Kind.DATA] = [link if link is None or len(stripes[place]) == 1 else
+                                StripedLink([single[kind, place] for kind in stripes[place]])
+                                for place, link in enumerate(links[Kind.DATA])]
             # Between hosts an answer takes longer than it pays to spin.
             executor = Executor(rank, links[Kind.DATA], links[Kind.CONTROL], group=number,
                                 spin_ns=spin_ns(size) if len(local) == size else 0)
@@ -315,8 +325,22 @@ def _read(sock, size):
 # ---- connections -----------------------------------------------------------------------------------------------------
 
 
+def num_stripes(cluster: ClusterConfig) -> int:
+    """How many connections this host would make of one link: several where its interface is too fast for one."""
+    if cluster.stripes is not None:
+        return cluster.stripes
+    speeds = [stats.speed for name, stats in psutil.net_if_stats().items() if stats.isup and cluster.iface in (None, name)]
+    return len(DATA_KINDS) if max(speeds, default=0) > FAST_MBIT_S else 1
+
+
+def _kinds_of_data(card, other, member, peer):
+    """The connections that carry data between two ranks; within a host several are made only when asked for."""
+    num = min(card["stripes"], other["stripes"])
+    return DATA_KINDS[:num] if member.host != peer.host or card["striped"] or other["striped"] else DATA_KINDS[:1]
+
+
 def _connect_all(listener, cards, members, rank, kinds, cluster, deadline, namespace, key):
-    """One proven connection of each kind to every other rank: {(kind, place): Proven}.
+    """A proven connection of each of kinds[place] to every other rank: {(kind, place): Proven}.
 
     Each rank connects to the lower ones and accepts the higher ones. The secret of the handshake is the namespace's;
     where there is none, the token on the first rank's card: then whoever can read the cards can be a member.
@@ -331,11 +355,11 @@ def _connect_all(listener, cards, members, rank, kinds, cluster, deadline, names
     proven = {}
     try:
         for place in range(rank):
-            made = dial(own, place, wheres[place], {kind: _offers(kind, cluster, near[place]) for kind in kinds},
+            made = dial(own, place, wheres[place], {kind: _offers(kind, cluster, near[place]) for kind in kinds[place]},
                         num_attempts=max(1, cluster.max_retries), patience_s=patience_s, deadline=deadline)
             proven |= {(kind, place): connection for kind, connection in made.items()}
         admits = {(kind, place): _offers(kind, cluster, near[place])
-                  for place in others if place > rank for kind in kinds}
+                  for place in others if place > rank for kind in kinds[place]}
         friends = {host for where in wheres.values() for host in where.hosts}
         return proven | accept(own, listener, admits, {place: where.node for place, where in wheres.items()}, friends,
                                patience_s=patience_s, deadline=deadline)
@@ -375,7 +399,7 @@ def _where(card, peer, cluster, near):
 
 def _offers(kind, cluster, near):
     """The ciphers for a connection: control is sealed between hosts whatever the setting, for it costs nothing."""
-    sealed = cluster.encryption == "on" or (not near and (cluster.encryption == "auto" or kind != Kind.DATA))
+    sealed = cluster.encryption == "on" or (not near and (cluster.encryption == "auto" or kind not in DATA_KINDS))
     return ciphers.offered() if sealed else ciphers.PLAIN
 
 

@@ -3,5 +3,6 @@
 TRANSPORTS = {
     "tcp": "fleetcore.transports.tcp:TcpLink",
     "secure": "fleetcore.transports.secure:SecureLink",
+    "striped": "fleetcore.transports.striped:StripedLink",
     "loopback": "fleetcore.transports.loopback:LoopbackLink",
 }

@@ -6,6 +6,8 @@ from fleetcore.posix cimport iovec
 
 cdef struct Wire:
     int fd                     # to poll: readable when recv_some may get on, writable when send_some may
+    int send_fd                # the latter, when it is another one (they change from call to call); -1: it is fd
+    bint patient               # recv_some takes what lies in the kernel and nothing else: SO_RCVLOWAT may delay it
     int rank                   # the peer
     int error                  # errno behind the last ST_SYSTEM or ST_PEER_LOST
     uint64_t sent_bytes, received_bytes, sends, receives

@@ -51,7 +51,7 @@ cdef class Link:
     """
 
     def __cinit__(self, *args, **kwargs):
-        self.wire.fd = -1
+        self.wire.fd = self.wire.send_fd = -1
         self.wire.send_some, self.wire.recv_some = stream_send, stream_recv
 
     @property

@@ -32,5 +32,5 @@ cdef class TcpLink(Link):
         if hasattr(socket, "SO_NOSIGPIPE"):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_NOSIGPIPE, 1)
         sock.setblocking(False)
-        self.wire.rank = rank
+        self.wire.rank, self.wire.patient = rank, True
         self.wire.fd = sock.detach()

@@ -52,6 +52,9 @@ class Kind(enum.IntEnum):
     DATA = 2            # frames of collectives
     MESSAGE = 3         # messages between ranks
     MEMBER = 4          # membership between nodes
+    STRIPE_1 = 5        # more connections for DATA
+    STRIPE_2 = 6
+    STRIPE_3 = 7
 
 
 @dataclass(frozen=True)

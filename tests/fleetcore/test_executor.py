@@ -254,6 +254,20 @@ def test_chunks_are_reduced_and_passed_on_while_others_are_on_the_wire():
         assert all(any(fold[2:4] == send[2:4] and fold[5] <= send[5] for fold in folds) for send in sends[num_chunks:])
 
 
+def test_a_short_chunk_after_long_ones_wakes_the_receiver():
+    members = mesh(3, kind="tcp", chunk_bytes=512 * 1024, timeout=20)
+
+    def work(rank):
+        for count in (300_000, 131_073, 131_072 * 3 + 5, 400_001):            # 512 KiB chunks and a rest of a few bytes
+            for _ in range(20):
+                x = np.ones(count, np.float32)
+                members[rank].broadcast(x, algorithm="ring")
+                members[rank].all_reduce(x, algorithm="tree")
+                members[rank].all_reduce(x, algorithm="ring")
+                assert (x == 9).all()
+    assert everyone(work, 3) == [None] * 3
+
+
 def test_chunk_sizes_are_checked():
     for chunk in (0, 63, 100, 2 << 30):
         with pytest.raises(ConfigError, match="chunk_bytes"):

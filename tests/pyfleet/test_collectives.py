@@ -178,6 +178,22 @@ def chosen():
     return engines.current().stats()["algorithms"]
 
 
+def striped(num):
+    digest = grid("float32")
+    links = [link for link in engines.current().group.executor.links if link is not None]
+    for link in links:
+        carried = [stripe.stats()["sent_bytes"] for stripe in link.links]
+        assert len(carried) == num and min(carried) > 0.5 * max(carried), carried
+    return digest
+
+
+@pytest.mark.parametrize("encryption", ("off", "on"))
+@pytest.mark.parametrize("num", (2, 4))
+def test_a_link_may_have_several_connections(ranks, num, encryption):
+    group = ranks(3, "tcp", PYFLEET_STRIPES=str(num), PYFLEET_ENCRYPTION=encryption)
+    assert len(set(group.run(striped, num))) == 1
+
+
 def other_layouts():
     rank, size = pyfleet.rank(), pyfleet.world_size()
     total = size * (size + 1) / 2
