@@ -6,7 +6,7 @@ import socket
 import pytest
 from fleetcore.transports.loopback import LoopbackLink
 from fleetcore.transports.secure import SecureLink
-from fleetcore.transports.striped import STRIPE_BYTES, StripedLink
+from fleetcore.transports.striped import StripedLink
 from fleetcore.transports.tcp import TcpLink
 
 from fleetcore.transports import TRANSPORTS
