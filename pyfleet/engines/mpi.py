@@ -1,6 +1,7 @@
 """P2: collectives of MPI, through mpi4py, for ranks that mpirun or srun has started."""
 from __future__ import annotations
 
+import os
 import threading
 import time
 from typing import Any
@@ -19,8 +20,8 @@ OPS = {ReduceOp.SUM: "SUM", ReduceOp.MIN: "MIN", ReduceOp.MAX: "MAX", ReduceOp.P
 PIECE = 2**30                   # elements per call of MPI: its counts have 31 bits
 MAX_COUNT = 2**31 - 1
 BODY_TAGS = 2**15               # bodies under way at one time between two ranks: the tags that every MPI has
-SPIN_S = 0.0002                 # looking again at once: a small message among ranks that have a core each
-SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.00005, 0.001
+SPIN_S = 0.002                  # looking again at once: MPI moves bytes only while somebody looks
+SHORTEST_LOOK_S, LONGEST_LOOK_S = 0.00002, 0.0005
 
 _library = threading.Lock()     # around every call of MPI, so that THREAD_SERIALIZED will do
 _abandoned: list[tuple] = []    # requests that ran out of time, and their memory: MPI may still write there
@@ -86,7 +87,7 @@ class MpiEngine(PlainCalls, Engine):
                     raise Timeout(f"timed out after {limit.seconds:g} s{who} during {call}", rank=peer,
                                   operation=str(call), epoch=self.epoch)
                 if time.monotonic() < spin_end:
-                    time.sleep(0)
+                    os.sched_yield()        # not sleep(0), which takes a timer's slack of 50 us
                 else:
                     time.sleep(pause)
                     pause = min(2 * pause, LONGEST_LOOK_S)
