@@ -7,6 +7,7 @@ bench/systems.py and lives in the same processes, in the same run, on the same n
 
 BENCHMARKS = {
     "allreduce": "bench.allreduce",
+    "collectives": "bench.collectives",
     "compress": "bench.compress",
     "links": "bench.links",
     "sparsify": "bench.sparsify",

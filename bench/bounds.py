@@ -9,6 +9,7 @@ import time
 import numpy as np
 
 from bench.ranks import Team
+from bench.verbs import Volume
 
 _SAMPLES = 9
 _CHUNK_BYTES = 512 << 10    # what NCCL and hivemind hand to one call
@@ -43,6 +44,34 @@ def measure_tcp(team: Team, source: np.ndarray, target: np.ndarray, addresses: l
     with _ring(team, addresses) as (to_next, from_previous):
         best = _best(team, lambda: _pass_on(to_next, from_previous, source, target), range(team.size), samples)
     return source.nbytes / best
+
+
+def measure_one_way(team: Team, num_bytes: int) -> float:
+    """Bytes per second over TCP from rank 0 to rank 1 while nothing goes back and the other ranks sleep."""
+    team.progress("the TCP bound of one direction")
+    source, target = np.ones(num_bytes // 4, np.float32), np.zeros(num_bytes // 4, np.float32)
+    with _ring(team, ["127.0.0.1"] * team.size) as (to_next, from_previous):
+        turns = {0: (source, target[:0]), 1: (source[:0], target)}
+
+        def work() -> None:
+            if team.rank in turns:
+                _pass_on(to_next, from_previous, *turns[team.rank])
+        return source.nbytes / _best(team, work, range(min(2, team.size)))
+
+
+def verb_floor_s(bounds: dict[str, float], kind: str, volume: Volume, num_ranks: int, num_bytes: int) -> float:
+    """The least seconds that "memory" or "tcp" leaves to a verb whose whole array has num_bytes.
+
+    Memory: everything is read and written once, at the rate at which all ranks together copied or rewrote. TCP: all ranks
+    together send no more than they did both ways at once, and the busiest one no more than it did with the link for itself.
+
+    Args:    bounds: of `measure`, and "tcp_one_way" of `measure_one_way`.
+    """
+    if kind == "memory":
+        rate = 2 * max(bounds["copy_all"], bounds["copy_one"], num_ranks * bounds["rewrite"])
+        return num_bytes * (volume.read + volume.written) / rate
+    alone = max(bounds["tcp"], bounds["tcp_one_way"])
+    return num_bytes * max(volume.sent / (num_ranks * max(bounds["tcp"], alone / num_ranks)), volume.busiest / alone)
 
 
 def all_reduce_bound(bounds: dict[str, float], kind: str, num_ranks: int) -> float:

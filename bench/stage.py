@@ -34,10 +34,12 @@ class Stage:
     (None: nothing yet).
     """
 
-    def __init__(self, team: Team, names: list[str], traffic: Callable[[], tuple[int, int]] | None = None) -> None:
+    def __init__(self, team: Team, names: list[str], traffic: Callable[[], tuple[int, int]] | None = None,
+                 make: Callable[[str], System] = create) -> None:
         """Start the systems, one after the other; those that cannot start are reported and left out.
 
         Args:    traffic: bytes that this host's link has carried so far, one direction and the other.
+                 make: a new adapter of the system of that name.
         """
         self.team, self._traffic = team, traffic
         self.size: int | None = None
@@ -47,7 +49,7 @@ class Stage:
             team.progress(f"the start of {name}")
             folder = team.folder / name
             folder.mkdir(exist_ok=True)
-            if self.attempt(name, lambda name=name: self.systems.update({name: create(name)})):
+            if self.attempt(name, lambda name=name: self.systems.update({name: make(name)})):
                 self.attempt(name, lambda name=name, folder=folder: self.systems[name].start(team.rank, team.size, folder))
 
     def attempt(self, name: str, work: Callable[[], object]) -> bool:
@@ -78,7 +80,7 @@ class Stage:
             system.call(made[0])
 
         def check() -> None:
-            _check(system.read(made[0]), ramp * (team.size * (team.size + 1) // 2))
+            demand_equal(system.read(made[0]), ramp * (team.size * (team.size + 1) // 2))
             # Zeros stay zeros however often they are summed; ones would be infinite after 128 calls.
             system.write(made[0], np.zeros(num_elems, np.float32))
 
@@ -163,9 +165,10 @@ class Stage:
                 system.close()
 
 
-def _check(result: np.ndarray, expected: np.ndarray) -> None:
+def demand_equal(result: np.ndarray, expected: np.ndarray) -> None:
+    """Raises ArithmeticError, naming the first difference."""
     if result.shape != expected.shape:
-        raise ArithmeticError(f"WRONG SUM: its shape is {result.shape}, not {expected.shape}")
+        raise ArithmeticError(f"WRONG RESULT: its shape is {result.shape}, not {expected.shape}")
     if (wrong := np.flatnonzero(result != expected)).size:
-        raise ArithmeticError(f"WRONG SUM in {wrong.size} of {expected.size} elements, first in element {wrong[0]}: "
+        raise ArithmeticError(f"WRONG RESULT in {wrong.size} of {expected.size} elements, first in element {wrong[0]}: "
                               f"{result[wrong[0]]}, not {expected[wrong[0]]}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import mpi4py
 import numpy as np
 
 from bench.systems import System
+from bench.verbs import ROOT, Arrays, Party
 
 mpi4py.rc.initialize, mpi4py.rc.finalize = False, True      # the import must not start MPI, the exit must end it
 
@@ -27,7 +29,8 @@ class Mpi(System):
             MPI.Init_thread(MPI.THREAD_FUNNELED)    # one thread calls: spares MPI the locks of mpi4py's default
         if (MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size) != (rank, size):
             raise RuntimeError(f"MPI counts rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size}, not {rank} of {size}")
-        self._all_reduce, self._in_place = MPI.COMM_WORLD.Dup().Allreduce, MPI.IN_PLACE
+        self.comm = MPI.COMM_WORLD.Dup()
+        self._all_reduce, self._in_place = self.comm.Allreduce, MPI.IN_PLACE
 
     def array(self, num_elems: int) -> Any:
         return np.empty(num_elems, np.float32)
@@ -43,6 +46,32 @@ class Mpi(System):
 
     def close(self) -> None:
         """MPI ends with the process: it cannot be started twice."""
+
+
+class MpiVerbs(Party):
+    """MPI's verbs on numpy arrays, over whatever this MPI uses within a host; the upper-case ones, which pickle nothing."""
+
+    bound = "memory"
+    start, close = Mpi.start, Mpi.close
+
+    def ready(self, verb: str, arrays: Arrays) -> Callable[[], Any]:
+        comm, x, out, rank, in_place = self.comm, arrays.x, arrays.out, arrays.rank, self._in_place
+        if verb in ("round_trip", "one_way"):
+            calls = {0: [lambda: comm.Send(x, 1), lambda: comm.Recv(x, 1)], 1: [lambda: comm.Recv(x, 0), lambda: comm.Send(x, 0)]}
+            first, second = calls.get(rank, [lambda: None] * 2)
+            return first if verb == "one_way" else lambda: [first(), second()]
+        return {
+            "all_reduce": lambda: comm.Allreduce(in_place, x),
+            "reduce": (lambda: comm.Reduce(in_place, x, root=ROOT)) if rank == ROOT else lambda: comm.Reduce(x, None, root=ROOT),
+            "broadcast": lambda: comm.Bcast(x, ROOT),
+            "all_gather": lambda: comm.Allgather(x, out),
+            "gather": lambda: comm.Gather(x, out, ROOT),
+            "scatter": lambda: comm.Scatter(x, out, ROOT),
+            "reduce_scatter": lambda: comm.Reduce_scatter_block(x, out),
+            "all_to_all": lambda: comm.Alltoall(x, out),
+            "barrier": comm.Barrier,
+            "all_gather_object": lambda: comm.allgather(arrays.text),
+        }[verb]
 
 
 def can_start_ranks() -> bool:

@@ -1,4 +1,4 @@
-"""Measure what moves tensors here: the link between two ranks, the all-reduce of all ranks, or the kernels."""
+"""Measure what moves tensors here: links, the all-reduce of all ranks, compressors, kernels, or a training step."""
 from __future__ import annotations
 
 import contextlib
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from pyfleet.benchmarks.base import MAX_REPS, MIN_REPS, Ranks
 from pyfleet.commands.base import Parser, Refused, refuse
 from pyfleet.config import nearest
 from pyfleet.errors import ConfigError, FleetError
@@ -21,17 +22,15 @@ from pyfleet.launchers.base import Job
 from pyfleet.launchers.local import LocalLauncher
 from pyfleet.placement import placement
 
-SIZES = {"bandwidth": "1MB,10MB,50MB,100MB", "allreduce": "4B,64KB,1MB,25MB,100MB", "kernels": "256KB,64MB"}
+SIZES = {"bandwidth": "1MB,10MB,50MB,100MB", "allreduce": "4B,64KB,1MB,25MB,100MB", "compression": "25MB",
+         "kernels": "256KB,64MB", "step": "1MB,16MB"}
+ONE_PROCESS = ("compression", "kernels")
 UNITS = {"": 1, "B": 1, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30}        # as in torch's bucket sizes
-ROW_S = 1.0             # what the samples of one row may take
-MIN_REPS, MAX_REPS = 5, 200
-SAMPLE_S = 2e-4         # a sample lasts at least so long: ranks leave a barrier microseconds apart
-MAX_REPEATS = 200
 BOUND_BYTES = 64 << 20  # above every cache
 BOUND_S = 0.2           # of plain sockets: what they need to find their speed is a small part of it
 TRIAL_BYTES = 1 << 20
 GLOO_TIMEOUT_S = 60
-EPILOG = """sizes are bytes of an array, KB, MB and GB powers of 1024; GB/s is 10^9 bytes. Where a launcher (torchrun, or RANK,
+EPILOG = """sizes are bytes of an array (step: of the model's parameters), KB, MB and GB powers of 1024; GB/s is 10^9 bytes. Where a launcher (torchrun, or RANK,
 WORLD_SIZE, MASTER_ADDR on every host) has placed this process among others, those are measured, over the links between them."""
 
 
@@ -40,10 +39,10 @@ def main(argv: list[str] | None = None, prog: str = "pyfleet benchmark") -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         options = _options(argv, prog)
-        if options.kind == "kernels":
-            return _show(_kernels(options), options)
+        if options.kind in ONE_PROCESS:
+            measure = _kernels if options.kind == "kernels" else _compression
+            return _show(measure(options), options)
         if placement().world_size == 1:
-            _demand_pair(options, options.nproc)
             return LocalLauncher().run(Job((sys.executable, "-m", "pyfleet", "benchmark", *argv), options.nproc, prefix=False))
         return _as_rank(options)
     except (Refused, ConfigError) as error:
@@ -73,11 +72,6 @@ def _options(argv: list[str], prog: str) -> Any:
     return options
 
 
-def _demand_pair(options: Any, num_ranks: int) -> None:
-    if options.kind == "bandwidth" and num_ranks != 2:
-        raise Refused(f"bandwidth is measured between two ranks, and there are {num_ranks}")
-
-
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+)\s*([A-Za-z]*)\s*", text)
     if not match or match[2].upper() not in UNITS or not int(match[1]) or int(match[1]) * UNITS[match[2].upper()] % 4:
@@ -88,58 +82,12 @@ def _bytes(text: str) -> int:
 # ---- on a rank ----------------------------------------------------------------------------------------------------------
 
 
-class _Ranks:
-    """What the ranks of a benchmark need of each other: to start together, and to tell each other numbers."""
-
-    def __init__(self) -> None:
-        from pyfleet import collectives, fleet
-        self.fleet = fleet.init()
-        self.rank, self.size = self.fleet.rank, self.fleet.world_size
-        self.barrier, self.all_reduce, self.broadcast = collectives.barrier, collectives.all_reduce, collectives.broadcast
-        self.by_memory = self.fleet.engine.group.domain is not None
-        self.num_hosts = len({member.host for member in self.fleet.members})
-
-    def most(self, value: float) -> float:
-        """The greatest of all ranks' values, on every rank."""
-        word = np.array([value])
-        self.all_reduce(word, "max")
-        return float(word[0])
-
-    def tell(self, text: str) -> list[str]:
-        """Every rank's text, of 100 bytes at most."""
-        room = np.zeros((self.size, 100), np.uint8)
-        room[self.rank, :len(text)] = np.frombuffer(text.encode(), np.uint8)
-        self.all_reduce(room)
-        return [bytes(row).rstrip(b"\0").decode() for row in room]
-
-    def samples(self, *calls: Callable[[], float | None]) -> list[list[float]]:
-        """Seconds that the slowest rank took for each call, in turns; a call may return what it measured itself."""
-        taken: list[list[float]] = [[] for _ in calls]
-        repeats, reps, rep = [1] * len(calls), 0, -2        # the first turn connects, maps and learns; the second one plans
-        while rep <= reps:
-            for call, repeat, seconds in zip(calls, repeats, taken, strict=True):
-                self.barrier()
-                start = time.perf_counter()
-                for _ in range(repeat):
-                    measured = call()
-                elapsed = (time.perf_counter() - start) / repeat if measured is None else measured
-                seconds.append(self.most(elapsed))
-            if rep == -1:
-                planned = [each.pop() for each in taken]
-                taken = [[] for _ in calls]
-                repeats = [max(1, min(MAX_REPEATS, int(SAMPLE_S / max(1e-9, each)))) for each in planned]
-                turn_s = sum(each * repeat for each, repeat in zip(planned, repeats, strict=True))
-                reps = max(MIN_REPS, min(MAX_REPS, int(ROW_S * len(calls) / max(1e-9, turn_s))))
-            rep += 1
-        return taken
-
-
 def _as_rank(options: Any) -> int:
     from pyfleet.fleet import shutdown
-    ranks = _Ranks()
+    ranks = Ranks()
     with contextlib.ExitStack() as stack:
-        sockets = None if ranks.by_memory else stack.enter_context(_sockets(ranks))
-        told = (_bandwidth if options.kind == "bandwidth" else _all_reduce)(options, ranks, sockets)
+        sockets = None if ranks.by_memory or options.kind == "step" else stack.enter_context(_sockets(ranks))
+        told = {"bandwidth": _bandwidth, "allreduce": _all_reduce, "step": _step}[options.kind](options, ranks, sockets)
         ranks.barrier()
     shutdown()
     return _show(told, options) if ranks.rank == 0 else 0
@@ -152,7 +100,7 @@ class _Sockets:
         self.to_next, self.from_previous = to_next, from_previous
         self.data, self.room = (np.ones(BOUND_BYTES, np.uint8) for _ in range(2))
 
-    def enough(self, ranks: _Ranks) -> int:
+    def enough(self, ranks: Ranks) -> int:
         """How much to pass on so that it takes BOUND_S, at most all there is."""
         seconds = ranks.samples(lambda: self.pass_on(TRIAL_BYTES))[0]
         return max(TRIAL_BYTES, min(BOUND_BYTES, int(TRIAL_BYTES * BOUND_S / min(seconds))))
@@ -174,7 +122,7 @@ class _Sockets:
 
 
 @contextlib.contextmanager
-def _sockets(ranks: _Ranks) -> Iterator[_Sockets]:
+def _sockets(ranks: Ranks) -> Iterator[_Sockets]:
     from pyfleet.wiring import own_addresses
     address = own_addresses(ranks.fleet.cluster.iface)[0] if ranks.num_hosts > 1 else "127.0.0.1"
     with socket.create_server((address, 0)) as listener:
@@ -186,67 +134,105 @@ def _sockets(ranks: _Ranks) -> Iterator[_Sockets]:
             yield _Sockets(to_next, from_previous)
 
 
-def _bandwidth(options: Any, ranks: _Ranks, sockets: _Sockets | None) -> dict:
-    """One way and the other between two ranks: the receiver's 4-byte answer ends the clock, less half a round trip of such."""
-    _demand_pair(options, ranks.size)
-    word, (latency,) = np.zeros(1, np.float32), ranks.samples(lambda: _both_ways(ranks))
-    latency_s = statistics.median(latency) / 2
-    before, rows = [_plain_rate(ranks, sockets, source) for source in range(2)], []
+def _bandwidth(options: Any, ranks: Ranks, sockets: _Sockets | None) -> dict:
+    """Each rank and the next one, both ways: send, and the receiver's 4-byte answer ends the clock, less half a round trip."""
+    word, links = np.zeros(1, np.float32), _links(ranks.size)
+    latency_s = {link: statistics.median(ranks.samples(lambda link=link: _answered(ranks, word, word, *link))[0]) / 2
+                 for link in links}
+    before, rows = {link: _plain_rate(ranks, sockets, *link) for link in links}, []
     for num_bytes in options.sizes:
         x = np.zeros(num_bytes // 4, np.float32)
-        for source in range(2):
-            def one_way(x: np.ndarray = x, source: int = source) -> float:
-                start = time.perf_counter()
-                ranks.broadcast(x, source)
-                ranks.broadcast(word, 1 - source)
-                return max(1e-9, time.perf_counter() - start - latency_s) if ranks.rank == source else 0.0
+        for link in links:
+            def one_way(x: np.ndarray = x, link: tuple[int, int] = link) -> float:
+                elapsed = _answered(ranks, x, word, *link)
+                return max(1e-9, elapsed - latency_s[link]) if ranks.rank == link[0] else 0.0
             (seconds,) = ranks.samples(one_way)
-            rows.append({"size": num_bytes, "from": source, "to": 1 - source, "seconds": seconds, **_wrapping(x),
+            rows.append({"size": num_bytes, "from": link[0], "to": link[1], "seconds": seconds, **_wrapping(x),
                          "bytes_per_s": num_bytes / statistics.median(seconds)})
-    after = [_plain_rate(ranks, sockets, source) for source in range(2)]
+    after = {link: _plain_rate(ranks, sockets, *link) for link in links}
     for row in rows:        # the better of both ends of the run is nearer to what the machine can do
-        row["bound_bytes_per_s"] = max(before[row["from"]], after[row["from"]])
-    return _record("bandwidth", ranks) | {"latency_s": latency_s, "rows": rows}
+        link = row["from"], row["to"]
+        row |= {"bound_bytes_per_s": max(before[link], after[link]), "latency_s": latency_s[link]}
+    return _record("bandwidth", ranks) | {"latency_s": max(latency_s.values()), "rows": rows}
 
 
-def _both_ways(ranks: _Ranks) -> None:
-    word = np.zeros(1, np.float32)
-    ranks.broadcast(word, 0)
-    ranks.broadcast(word, 1)
+def _links(num_ranks: int) -> list[tuple[int, int]]:
+    """(from, to) of every rank and the next one, both ways; of two ranks there is one pair."""
+    pairs = [(rank, (rank + 1) % num_ranks) for rank in range(num_ranks)]
+    return list(dict.fromkeys(link for a, b in pairs for link in ((a, b), (b, a))))
+
+
+def _answered(ranks: Ranks, x: np.ndarray, word: np.ndarray, source: int, target: int) -> float:
+    """Seconds until target's answer to x is back at source; 0 on the other ranks."""
+    from pyfleet.collectives import recv, send
+    start = time.perf_counter()
+    if ranks.rank == source:
+        send(x, target)
+        recv(word, target)
+        return time.perf_counter() - start
+    if ranks.rank == target:
+        recv(x, source)
+        send(word, source)
+    return 0.0
 
 
 def _wrapping(x: np.ndarray) -> dict[str, float]:
-    """Seconds to make an array ready for the wire and to get it back from there: it is sent from where it lies."""
-    from pyfleet.arrays import hold
-    start = time.perf_counter()
-    _, bring_back = hold(x)
-    ready = time.perf_counter()
-    if bring_back is not None:
-        bring_back()
-    return {"serialize_s": ready - start, "deserialize_s": time.perf_counter() - ready}
+    """Seconds to make an array ready for the wire and to get it back from there: it is sent from where it lies.
+
+    Ready: its note for the receiver, and a hold on its memory. Back: reading the note, holding the memory it is to fill.
+    """
+    from pyfleet.arrays import check_shape, describe, hold
+    from pyfleet.engines.base import to_json
+    taken: dict[str, list[float]] = {"serialize_s": [], "deserialize_s": []}
+    for _ in range(MIN_REPS):
+        start = time.perf_counter()
+        note, _ = to_json(describe(x)), hold(x, writable=False)
+        ready = time.perf_counter()
+        check_shape(json.loads(note)["shape"])
+        _, bring_back = hold(x)
+        if bring_back is not None:
+            bring_back()
+        taken["serialize_s"].append(ready - start)
+        taken["deserialize_s"].append(time.perf_counter() - ready)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
-def _plain_rate(ranks: _Ranks, sockets: _Sockets | None, source: int) -> float:
-    """Bytes per second from one rank to the other without pyfleet: over a plain socket, or a copy where memory is shared."""
+def _plain_rate(ranks: Ranks, sockets: _Sockets | None, source: int, target: int) -> float:
+    """Bytes per second from one rank to a neighbour without pyfleet: over a plain socket, or a copy where memory is shared."""
     if sockets is None:
         data, copy = np.ones(BOUND_BYTES, np.uint8), np.zeros(BOUND_BYTES, np.uint8)
         return BOUND_BYTES / min(ranks.samples(lambda: np.copyto(copy, data) if ranks.rank == source else None)[0])
     num_bytes = sockets.enough(ranks)
+    forward = target == (source + 1) % ranks.size       # over the connection that source made; else over target's
 
     def one_way() -> float:
         start = time.perf_counter()
-        # Rank r receives on from_previous what came over to_next of the other one; with two ranks both are its peer.
         if ranks.rank == source:
-            sockets.to_next.sendall(memoryview(sockets.data)[:num_bytes])
-            sockets.receive(sockets.from_previous, 1)
+            sock = sockets.to_next if forward else sockets.from_previous
+            sock.sendall(memoryview(sockets.data)[:num_bytes])
+            sockets.receive(sock, 1)
             return time.perf_counter() - start
-        sockets.receive(sockets.from_previous, num_bytes)
-        sockets.to_next.sendall(b".")
+        if ranks.rank == target:
+            sock = sockets.from_previous if forward else sockets.to_next
+            sockets.receive(sock, num_bytes)
+            sock.sendall(b".")
         return 0.0
     return num_bytes / min(ranks.samples(one_way)[0])
 
 
-def _all_reduce(options: Any, ranks: _Ranks, sockets: _Sockets | None) -> dict:
+def _step(options: Any, ranks: Ranks, sockets: None) -> dict:
+    from pyfleet.benchmarks import step
+    return _record("step", ranks) | {"batch": step.BATCH, "bound": "the same step without sending",
+                                     "rows": step.measure(ranks, options.sizes)}
+
+
+def _compression(options: Any) -> dict:
+    from pyfleet.benchmarks import compression
+    return {"benchmark": "compression", "ranks": 1, "hosts": 1, "path": "one thread", "bound": "none, which copies",
+            "rows": compression.measure(options.sizes)}
+
+
+def _all_reduce(options: Any, ranks: Ranks, sockets: _Sockets | None) -> dict:
     """Every system in turns, every rank at once."""
     from pyfleet.collectives import empty
     bound = _all_reduce_bound(ranks, sockets)
@@ -269,7 +255,7 @@ def _all_reduce(options: Any, ranks: _Ranks, sockets: _Sockets | None) -> dict:
     return _record("allreduce", ranks) | {"rows": [row | {"bound_bytes_per_s": bound} for row in rows]}
 
 
-def _all_reduce_bound(ranks: _Ranks, sockets: _Sockets | None) -> float:
+def _all_reduce_bound(ranks: Ranks, sockets: _Sockets | None) -> float:
     """Bytes of array per second that memory or plain sockets leave to an all-reduce."""
     if sockets is not None:     # 2(N-1)/N of the array each way (Patarasuk and Yuan 2009)
         num_bytes = sockets.enough(ranks)
@@ -283,7 +269,7 @@ def _rewrite(x: np.ndarray) -> None:
     np.negative(x, out=x)       # reads and writes all of it, as an all-reduce in place does; ranks do it at once
 
 
-def _demand_right(name: str, x: np.ndarray, call: Callable[[], None], ranks: _Ranks) -> None:
+def _demand_right(name: str, x: np.ndarray, call: Callable[[], None], ranks: Ranks) -> None:
     """Raises FleetError, on every rank, when a system does not sum right; leaves zeros, which stay zeros."""
     ramp = (np.arange(x.size) % 1021).astype(np.float32)        # sums of small integers are exact
     x[:] = ramp * (ranks.rank + 1)
@@ -293,7 +279,7 @@ def _demand_right(name: str, x: np.ndarray, call: Callable[[], None], ranks: _Ra
     x[:] = 0
 
 
-def _gloo(ranks: _Ranks) -> Callable[[np.ndarray], Callable[[], None]]:
+def _gloo(ranks: Ranks) -> Callable[[np.ndarray], Callable[[], None]]:
     """From an array to a call of torch's gloo that sums it in place, on the addresses that pyfleet uses."""
     import datetime
 
@@ -317,7 +303,7 @@ def _gloo(ranks: _Ranks) -> Callable[[np.ndarray], Callable[[], None]]:
     return prepare
 
 
-def _record(kind: str, ranks: _Ranks) -> dict:
+def _record(kind: str, ranks: Ranks) -> dict:
     return {"benchmark": kind, "ranks": ranks.size, "hosts": ranks.num_hosts,
             "path": "shared memory" if ranks.by_memory else "links over TCP",
             "bound": "a copy in memory" if ranks.by_memory and kind == "bandwidth"
@@ -380,21 +366,52 @@ def _show(told: dict, options: Any) -> int:
     print(f"{told['benchmark']}: {who}{told['path']}; the bound is {told['bound']}, measured here and now")
     if "latency_s" in told:
         print(f"latency of 4 bytes, one way: {1e6 * told['latency_s']:.1f} us")
-    names = {"bandwidth": ["link"], "allreduce": ["system"], "kernels": ["kernel"]}[told["benchmark"]]
-    wrapping = ["ser ms", "de ms"] if told["benchmark"] == "bandwidth" else []
-    header = ["size", *names, "min ms", "median ms", "max ms", "GB/s", *wrapping, "bound GB/s", "of bound"]
-    lines = [header]
-    for row in told["rows"]:
-        times = (min(row["seconds"]), statistics.median(row["seconds"]), max(row["seconds"]))
-        lines.append([
-            _human(row["size"]), row.get("system") or f"{row['from']} -> {row['to']}", *(f"{1e3 * t:.4g}" for t in times),
-            f"{row['bytes_per_s'] / 1e9:.3g}", *(f"{1e3 * row[key]:.2g}" for key in ("serialize_s", "deserialize_s") if wrapping),
-            f"{row['bound_bytes_per_s'] / 1e9:.3g}", f"{100 * row['bytes_per_s'] / row['bound_bytes_per_s']:.0f} %"])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    lines = {"compression": _compression_lines, "step": _step_lines}.get(told["benchmark"], _rate_lines)(told)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:
         print("  ".join(cell.ljust(width) if i < 2 else cell.rjust(width)
                         for i, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip())
     return 0
+
+
+def _rate_lines(told: dict) -> list[list[str]]:
+    """Header and rows of what has a rate and a bound."""
+    name = {"bandwidth": "link", "allreduce": "system", "kernels": "kernel"}[told["benchmark"]]
+    wrapping = {"serialize_s": "ser ms", "deserialize_s": "de ms"} if told["benchmark"] == "bandwidth" else {}
+    lines = [["size", name, "min ms", "median ms", "max ms", "GB/s", *wrapping.values(), "bound GB/s", "of bound"]]
+    for row in told["rows"]:
+        lines.append([
+            _human(row["size"]), row.get("system") or f"{row['from']} -> {row['to']}", *_times(row["seconds"]),
+            f"{row['bytes_per_s'] / 1e9:.3g}", *(f"{1e3 * row[key]:.2g}" for key in wrapping),
+            f"{row['bound_bytes_per_s'] / 1e9:.3g}", f"{100 * row['bytes_per_s'] / row['bound_bytes_per_s']:.0f} %"])
+    return lines
+
+
+def _times(seconds: list[float]) -> list[str]:
+    return [f"{1e3 * each:.4g}" for each in (min(seconds), statistics.median(seconds), max(seconds))]
+
+
+def _compression_lines(told: dict) -> list[list[str]]:
+    """Rates are of float32 bytes; overhead is what encoding and decoding take together."""
+    lines = [["size", "method", "of float32", "error", "encode GB/s", "decode GB/s", "feedback GB/s", "overhead ms"]]
+    for row in told["rows"]:
+        median = {key: statistics.median(row[key]) for key in ("encode_s", "decode_s", "feedback_s") if row[key]}
+        rates = [f"{row['size'] / median[key] / 1e9:.3g}" if key in median else "-" for key in ("encode_s", "decode_s", "feedback_s")]
+        lines.append([_human(row["size"]), row["system"], f"{100 * row['encoded_bytes'] / row['size']:.2f} %",
+                      f"{row['error']:.2g}", *rates, f"{1e3 * (median['encode_s'] + median['decode_s']):.3g}"])
+    return lines
+
+
+def _step_lines(told: dict) -> list[list[str]]:
+    """Waiting is what a step takes longer than the same one without sending; communication is mostly hidden by backward."""
+    lines = [["parameters", "ranks", "min ms", "median ms", "max ms", "samples/s", "compute ms", "communication ms", "waiting ms",
+              "of bound", "of linear"]]
+    for row in told["rows"]:
+        whole, compute, communication = (statistics.median(row[key]) for key in ("seconds", "compute_s", "communication_s"))
+        lines.append([f"{row['size'] / 1e6:.3g} MB", str(row["ranks"]), *_times(row["seconds"]), f"{row['samples_per_s']:,.0f}",
+                      f"{1e3 * compute:.4g}", f"{1e3 * communication:.4g}", f"{1e3 * max(0.0, whole - compute):.4g}",
+                      f"{100 * compute / whole:.0f} %", f"{100 * row['efficiency']:.0f} %"])
+    return lines
 
 
 def _human(num_bytes: int) -> str:

@@ -93,7 +93,7 @@ def test_a_system_that_misbehaves_is_a_row_and_the_others_go_on(tmp_path, monkey
         ("absent", None, "RuntimeError: nobody home"),
         ("lost", None, "KeyError: 'lost'"),
         ("tired", 4, "OSError: no more"),
-        ("wrong", 8, "ArithmeticError: WRONG SUM in 1 of 2 elements, first in element 1: 4.0, not 3.0"),
+        ("wrong", 8, "ArithmeticError: WRONG RESULT in 1 of 2 elements, first in element 1: 4.0, not 3.0"),
     ]
     measured = {event["size"]: [row["system"] for row in event["rows"]] for event in events if event["kind"] == "size"}
     assert measured == {4: ["wrong", "fake"], 8: ["fake"], 16: ["fake"]}

@@ -6,10 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from pyfleet import barrier, init, rank, recv, send
+from pyfleet.benchmarks.base import MIN_REPS, Ranks
+from pyfleet.benchmarks.compression import METHODS
 from pyfleet.commands import benchmark
+from pyfleet.compressors import parse_spec
 from pyfleet.errors import FleetError
+from pyfleet.fleet import current
 
 ROOT = Path(__file__).parents[3]
 
@@ -83,6 +89,25 @@ def test_the_bandwidth_table_has_a_row_for_each_size_and_direction():
     assert all(row.endswith(" %") for row in rows)
 
 
+@pytest.mark.feature("M14", "M35")
+def test_every_rank_and_the_next_one_are_a_link():
+    told = measured("bandwidth", "--nproc", "3", "--sizes", "64KB", PYFLEET_TRANSPORT="tcp")
+    assert told["ranks"] == 3
+    assert [(row["from"], row["to"]) for row in told["rows"]] == [(0, 1), (1, 0), (1, 2), (2, 1), (2, 0), (0, 2)]
+    assert all(row["bound_bytes_per_s"] > 1e7 and row["latency_s"] > 0 for row in told["rows"])
+    assert benchmark._links(2) == [(0, 1), (1, 0)]
+
+
+@pytest.mark.feature("M14")
+def test_a_slow_link_is_the_one_whose_rows_are_slow(network):
+    hosts = network(3, "400mbit", rates={2: "100mbit"})
+    told = on_hosts(hosts, "bandwidth", "--sizes", "4MB")
+    for row in told["rows"]:
+        slowest = 2 if 2 in (row["from"], row["to"]) else 0
+        assert row["bytes_per_s"] == pytest.approx(hosts.bytes_per_s(slowest), rel=0.15), row
+        assert row["bound_bytes_per_s"] == pytest.approx(hosts.bytes_per_s(slowest), rel=0.15), row
+
+
 @pytest.mark.feature("M15")
 @pytest.mark.parametrize(("transport", "systems"), [("shm", ["arena", "ordinary"]), ("tcp", ["links"])])
 def test_all_reduce_is_measured_on_every_path(transport, systems):
@@ -90,7 +115,7 @@ def test_all_reduce_is_measured_on_every_path(transport, systems):
     assert told["ranks"] == 3
     assert [(row["size"], row["system"]) for row in told["rows"]] == [(size, name) for size in (4, 1 << 20) for name in systems]
     for row in told["rows"]:
-        assert len(row["seconds"]) > benchmark.MIN_REPS and all(seconds > 0 for seconds in row["seconds"])
+        assert len(row["seconds"]) > MIN_REPS and all(seconds > 0 for seconds in row["seconds"])
         assert row["bytes_per_s"] == pytest.approx(row["size"] / statistics.median(row["seconds"]))
         assert row["bound_bytes_per_s"] > 1e7
 
@@ -113,8 +138,77 @@ def test_kernels_are_measured_beside_a_copy(rivals):
         assert row["bound_bytes_per_s"] == pytest.approx(copy[row["size"]]["bytes_per_s"])
 
 
+def send_encodings(specs):
+    """[bytes that left the socket for the encoding of 64 KB], in rank 0; rank 1 decodes and adds what comes."""
+    init()
+    sent = []
+    for spec in specs:
+        compressor = parse_spec(spec)
+        compressor.bind([(128, 128)])
+        x = np.random.default_rng(0).standard_normal(1 << 14, np.float32)
+        before = socket_bytes()
+        if rank() == 0:
+            out = np.zeros(compressor.wire_bytes(x.size), np.uint8)
+            send(out[:compressor.encode(x, out)], 1)
+        else:
+            total = np.zeros_like(x)
+            compressor.decode_add(recv(src=0), total)
+            assert np.any(total)
+        barrier()
+        sent.append(socket_bytes() - before)
+    return sent
+
+
+def socket_bytes():
+    return sum(link["sent_bytes"] for link in current().stats()["messages"]["links"].values())
+
+
+@pytest.mark.feature("M36")
+def test_the_ratio_of_a_compressor_is_what_its_encodings_are_at_the_socket(ranks):
+    told = measured("compression", "--sizes", "64KB")
+    assert (told["benchmark"], [row["size"] for row in told["rows"]]) == ("compression", [1 << 16] * len(told["rows"]))
+    sent, _ = ranks(2, "tcp").run(send_encodings, [row["system"] for row in told["rows"]])
+    for row, num_bytes in zip(told["rows"], sent, strict=True):
+        assert row["encoded_bytes"] <= num_bytes < row["encoded_bytes"] + 400, row["system"]    # frame, note, a barrier
+    ratio = {row["system"]: row["encoded_bytes"] / row["size"] for row in told["rows"]}
+    error = {row["system"]: row["error"] for row in told["rows"]}
+    assert ratio["none"] == 1 and error["none"] == 0
+    assert ratio["fp16"] == 0.5 and 0 < error["fp16"] < 2**-11
+    # The index of one element in ten takes log2(10) + 1.4 bits or a little less.
+    assert 0.1 < ratio["topk"] < 0.1 + 0.1 * (3.33 + 1.5) / 32 + 0.001
+    assert 0.05 < ratio["topk+fp16"] < ratio["topk"] - 0.049
+    for row in told["rows"]:
+        assert len(row["encode_s"]) == len(row["decode_s"]) >= MIN_REPS
+        assert len(row["feedback_s"]) == (len(row["encode_s"]) if row["error"] else 0)
+
+
+@pytest.mark.feature("M36")
+def test_the_compression_table_names_ratio_error_and_overhead():
+    done = run("compression", "--sizes", "16KB")
+    assert done.returncode == 0, done.stderr
+    first, header, *rows = done.stdout.splitlines()
+    assert first.startswith("compression: one thread")
+    assert header.split() == ["size", "method", "of", "float32", "error", "encode", "GB/s", "decode", "GB/s", "feedback", "GB/s",
+                              "overhead", "ms"]
+    assert rows[0].split()[:6] == ["16", "KB", "none", "100.00", "%", "0"] and len(rows) == len(METHODS)
+    assert rows[1].split()[2:5] == ["fp16", "50.00", "%"]
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_a_training_step_is_measured_on_one_to_all_ranks(transport):
+    told = measured("step", "--nproc", "3", "--sizes", "64KB", PYFLEET_TRANSPORT=transport)
+    assert [(row["size"], row["ranks"]) for row in told["rows"]] == [(8 * (90 * 90 + 90), n) for n in (1, 2, 3)]
+    for row in told["rows"]:
+        assert len(row["seconds"]) == len(row["compute_s"]) == len(row["communication_s"]) >= MIN_REPS
+        assert row["samples_per_s"] == pytest.approx(row["ranks"] * told["batch"] / statistics.median(row["seconds"]))
+        assert row["efficiency"] == pytest.approx(row["samples_per_s"] / told["rows"][0]["samples_per_s"] / row["ranks"])
+        assert all(seconds > 0 for seconds in row["compute_s"])
+    busy = [statistics.median(row["communication_s"]) for row in told["rows"]]
+    assert min(busy[1:]) > busy[0]
+
+
 def sum_wrongly():
-    ranks = benchmark._Ranks()
+    ranks = Ranks()
     x = benchmark.np.zeros(10, benchmark.np.float32)
     benchmark._demand_right("fine", x, lambda: ranks.all_reduce(x), ranks)
     try:
@@ -128,7 +222,7 @@ def test_a_system_that_sums_wrongly_is_not_measured(ranks):
 
 
 def samples_of_unequal_ranks():
-    ranks, calls = benchmark._Ranks(), [0]
+    ranks, calls = Ranks(), [0]
 
     def call():
         calls[0] += 1
@@ -141,15 +235,15 @@ def test_the_slowest_rank_counts_and_all_take_as_many_samples(ranks):
     (first, *others) = ranks(3).run(samples_of_unequal_ranks)
     assert all(other == first for other in others)
     number, seconds, calls, told = first
-    assert seconds == {0.1 * 3} and number == benchmark.MIN_REPS + 1 and calls == number + 2
+    assert seconds == {0.1 * 3} and number == MIN_REPS + 1 and calls == number + 2
     assert told == ["I am 0", "I am 1", "I am 2"]
 
 
 @pytest.mark.parametrize(("arguments", "complaint"), [
-    ([], "what is to be measured: bandwidth, allreduce, kernels"),
+    ([], "what is to be measured: bandwidth, allreduce, compression, kernels, step"),
     (["kernel"], "cannot measure 'kernel'; did you mean kernels?"),
-    (["bandwidth", "more"], "cannot measure 'more': one of bandwidth, allreduce, kernels"),
-    (["bandwidth", "--nproc", "3"], "bandwidth is measured between two ranks, and there are 3"),
+    (["bandwidth", "more"], "cannot measure 'more': one of bandwidth, allreduce, compression, kernels, step"),
+    (["bandwidth", "--nproc", "1"], "--nproc must be a number >= 2, got 1"),
     (["allreduce", "--nproc", "1"], "--nproc must be a number >= 2, got 1"),
     (["allreduce", "--sizes", "3"], "--sizes must be bytes such as 4B, 64KB or 25MB, multiples of 4, got '3'"),
     (["allreduce", "--sizes", "1MB,fast"], "multiples of 4, got 'fast'"),
