@@ -16,15 +16,15 @@ FLOORS = {
     "C3": ("fleetcore", ["executor", "postroom", "mailbox"]),
     "C4": ("fleetcore", ["group"]),
     "P0": ("pyfleet", ["errors", "config", "placement", "members", "metrics", "output"]),
-    "P1": ("pyfleet", ["arrays", "identity/", "discovery/", "rendezvous/", "compressors/", "exporters/"]),
-    "P2": ("pyfleet", ["connections", "wiring", "compression", "membership/", "gradients/", "data/", "engines/"]),
+    "P1": ("pyfleet", ["arrays", "devices/", "identity/", "discovery/", "rendezvous/", "compressors/", "exporters/"]),
+    "P2": ("pyfleet", ["connections", "wiring", "compression", "staging", "membership/", "gradients/", "data/", "engines/"]),
     "P3": ("pyfleet", ["sampling", "fleet", "collectives", "context", "strategies/", "estimators/"]),
     "P4": ("pyfleet", ["checkpoint", "trainer", "integrations/"]),
     "P5": ("pyfleet", ["launchers/", "examples/"]),
     "P6": ("pyfleet", ["commands/"]),
 }
 # Folders of kinds: a kind imports only `base` of its own folder, and so does the folder's table.
-OPEN_SETS = {"kernels", "transports", "schedules", "discovery", "rendezvous", "compressors", "exporters", "engines",
+OPEN_SETS = {"kernels", "transports", "schedules", "devices", "discovery", "rendezvous", "compressors", "exporters", "engines",
              "strategies", "estimators", "integrations", "launchers", "examples", "commands"}
 TOP = {"pyfleet/__init__.py", "pyfleet/__main__.py"}            # see everything
 BARRED_FROM_CORE = {"torch", "numpy", "asyncio", "logging", "threading"}
