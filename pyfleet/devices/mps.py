@@ -8,7 +8,7 @@ from pyfleet.devices.base import Device
 
 
 class Mps(Device):
-    """torch queues all work of a process, from whatever thread, in one stream: order needs no marks."""
+    """torch (2.13) queues all work of a process, from whatever thread, in one stream: order needs no marks."""
 
     def present(self):
         return sys.platform == "darwin" and platform.machine() == "arm64"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pyfleet
-from pyfleet import engines
+from pyfleet import devices, engines
 from pyfleet.errors import DTypeError, FleetError, OutOfStep, PeerLost, ReduceOp, ShapeError
 from pyfleet.staging import NUM_TWINS, PIECE_BYTES, Staging, Twins, pieces
 from tests.pyfleet.devices.fake import NAME, PATIENCE_S, on_device, plain, register, unregister
@@ -208,6 +208,12 @@ def join():
     pyfleet.init()
 
 
+def join_without():
+    """Also on a machine that has devices."""
+    devices.DEVICES.clear()
+    pyfleet.init()
+
+
 @pytest.fixture(scope="module", params=[(2, "shm"), (3, "shm"), (3, "tcp")], ids=lambda param: f"{param[0]}-{param[1]}")
 def fleet(request):
     group = Ranks(*request.param, init=False)
@@ -363,6 +369,42 @@ def test_a_long_call_takes_far_less_than_its_parts(fleet):
         parts = {name: seconds_of(each) for name, each in spans.items()}
         print(f"total {1e3 * total:.0f} ms;", ", ".join(f"{name} {1e3 * s:.0f}" for name, s in parts.items()))
         assert total < 0.75 * sum(parts.values())
+
+
+def in_groups():
+    rank = pyfleet.rank()
+    for count in (5, 2 * PIECE + 1):
+        x = on_device(torch.ones(count)) if rank == 0 else np.ones(count, np.float32)
+        pyfleet.all_reduce(x)
+        assert torch.equal(as_tensor(x), torch.full((count,), 3.0))
+    hosts, both = pyfleet.new_group([1, 2]), pyfleet.new_group([2, 0])
+    for group in (hosts, both):
+        if group.engine is not None:
+            x = on_device(torch.ones(2 * PIECE + 1)) if rank == 0 else np.ones(2 * PIECE + 1, np.float32)
+            pyfleet.all_reduce(x, group=group)
+            assert torch.equal(as_tensor(x), torch.full((2 * PIECE + 1,), 2.0))
+    return [engine is not None and engine._staging is not None for engine in (engines.current(), hosts.engine, both.engine)]
+
+
+def test_ranks_without_a_device_learn_from_the_cards_who_has_one(fresh_ranks):
+    group = fresh_ranks(3, "shm", init=False)
+    group.start(join, only=[0])
+    group.start(join_without, only=[1, 2])
+    group.collect()
+    assert group.run(in_groups) == [[True, False, True], [True, False, False], [True, False, True]]
+
+
+def untouched():
+    x = np.ones(2 * PIECE + 1, np.float32)
+    pyfleet.all_reduce(torch.from_numpy(x))
+    engine = engines.current()
+    return engine._staging is None, engine.quick == engine.group.quick_all_reduce, list(engine.stats()["operations"])
+
+
+def test_a_fleet_without_devices_says_nothing_more(fresh_ranks):
+    group = fresh_ranks(2, "shm", init=False)
+    group.run(join_without)
+    assert group.run(untouched) == 2 * [(True, True, ["all_reduce"])]
 
 
 # ---- ranks that fail ---------------------------------------------------------------------------------------------------
