@@ -1,4 +1,5 @@
 """What base.Device promises, for every kind whose hardware is there, and for the fake that stands in for it."""
+import contextlib
 import ctypes
 import threading
 import types
@@ -132,6 +133,68 @@ def test_calls_with_tensors_on_the_hardware(ranks, size, transport, name):
 
 
 # ---- what does not --------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """A torch.cuda or torch.mps that keeps what is asked of it."""
+
+    def __init__(self):
+        self.said, self.current, self.num_streams = [], "caller's", 0
+
+    def Event(self, blocking=False):
+        return types.SimpleNamespace(record=lambda *stream: self.said.append(("record", *map(self.name, stream))),
+                                     synchronize=lambda: self.said.append(("wait",)))
+
+    def Stream(self, device):
+        self.num_streams += 1
+        return self.made(f"{device}/{self.num_streams}")
+
+    def made(self, name):
+        return types.SimpleNamespace(name=name, wait_event=lambda event: self.said.append((name, "waits")))
+
+    def name(self, stream):
+        return stream.name
+
+    def current_stream(self, device):
+        return self.made(f"{device}/caller's")
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        self.current = stream.name
+        yield
+        self.current = "caller's"
+
+    def tensor(self, device):
+        def copy_(source, non_blocking):
+            assert non_blocking
+            self.said.append((self.current, "copies to", device))
+        return types.SimpleNamespace(device=device, is_cuda=device.startswith("cuda"), copy_=copy_)
+
+
+def test_cuda_copies_on_a_stream_per_direction_after_the_mark(monkeypatch):
+    recorder = Recorder()
+    for name in ("Event", "Stream", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(recorder, name))
+    device, far, near = Cuda(), recorder.tensor("cuda:1"), recorder.tensor("cpu")
+    mark = device.mark(far)
+    waits = [device.start_copy(near, far, mark), device.start_copy(far, near, None), device.start_copy(near, far, mark)]
+    device.follow(mark, far)
+    waits[0]()
+    assert recorder.said == [
+        ("record", "cuda:1/caller's"),
+        ("cuda:1/1", "waits"), ("cuda:1/1", "copies to", "cpu"), ("record", "cuda:1/1"),
+        ("cuda:1/2", "copies to", "cuda:1"), ("record", "cuda:1/2"),
+        ("cuda:1/1", "waits"), ("cuda:1/1", "copies to", "cpu"), ("record", "cuda:1/1"),
+        ("cuda:1/caller's", "waits"), ("wait",)]
+
+
+def test_mps_copies_are_over_when_an_event_behind_them_is(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(torch.mps, "Event", recorder.Event)
+    wait = Mps().start_copy(recorder.tensor("mps:0"), recorder.tensor("cpu"), Mps().mark(recorder.tensor("mps:0")))
+    assert recorder.said == [("caller's", "copies to", "mps:0"), ("record",)]
+    wait()
+    assert recorder.said[2:] == [("wait",)]
 
 
 def test_page_locking_that_the_driver_refuses_is_tolerated(monkeypatch):
