@@ -13,6 +13,7 @@ class Member:
     Attributes:
         host:       equal for ranks that can share memory (same kernel, same process and network namespaces).
         addresses:  where its links listen, best first; "" port 0 when it offers none.
+        devices:    whether it may hold arrays elsewhere than in host memory.
     """
 
     rank: int
@@ -22,6 +23,7 @@ class Member:
     addresses: tuple[str, ...] = ()
     port: int = 0
     protocol: int = PROTOCOL
+    devices: bool = False
 
     def card(self) -> dict:
         """As plain values, for the store."""

@@ -29,6 +29,7 @@ from fleetcore.transports.tcp import TcpLink
 
 from pyfleet.config import ClusterConfig
 from pyfleet.connections import BACKLOG, Address, Credentials, Deadline, accept, dial
+from pyfleet.devices import any_present
 from pyfleet.errors import ConfigError, FleetError, NotEnoughPeers, PeerLost
 from pyfleet.identity import Namespace, NodeKey, ciphers
 from pyfleet.identity.handshake import MEETING_BYTES, Kind
@@ -77,7 +78,7 @@ def meet(store: Store, rank: int, size: int, deadline: Deadline) -> list[Member]
 
     Raises:  NotEnoughPeers("found k of n ...") at the deadline; FleetError for a rank with another protocol.
     """
-    card = Member(rank, host_id(), socket.gethostname(), os.getpid())
+    card = Member(rank, host_id(), socket.gethostname(), os.getpid(), devices=any_present())
     store.set(f"card.{rank}", card.card())
     members, missing = [], []
     for other in range(size):

@@ -11,6 +11,7 @@ from pyfleet.arrays import hold, reduce_op
 from pyfleet.calls import VERBS, CallWork
 from pyfleet.engines.base import Engine, Work, all_gather_object
 from pyfleet.errors import ConfigError
+from pyfleet.staging import Staging
 from pyfleet.wiring import Deadline, Wired, connect
 
 
@@ -72,7 +73,11 @@ class FleetEngine(Engine):
         self._lock = threading.Lock()
         self._pending = 0               # calls submitted and not yet over
         self._closed = False
-        self.quick = self.group.quick_all_reduce
+        self._staging = None            # where no rank has a device, calls take the shortest way
+        if self.world_size > 1 and any(member.devices for member in wired.members):
+            self._staging = Staging(self.group, wired.arena.allocate)
+        self._quick = (self._staging or self.group).quick_all_reduce
+        self.quick = self._quick
         self._groups: list[FleetEngine] = []        # made of this one
 
     # A synchronous call overtakes nothing: while submitted calls are pending it queues behind them, so that all ranks
@@ -83,14 +88,19 @@ class FleetEngine(Engine):
     def all_reduce(self, x, op="sum", *, algorithm="auto", timeout=None):
         if self.is_busy():
             return self.submit("all_reduce", x, op, algorithm=algorithm, timeout=timeout).wait()
+        code = op if type(op) is int else reduce_op(op)
+        if self._staging is not None and self._staging.all_reduce(x, code, algorithm=algorithm, timeout=timeout):
+            return
         data, bring_back = hold(x)
-        self.group.all_reduce(data, op if type(op) is int else reduce_op(op), timeout=timeout, algorithm=algorithm)
+        self.group.all_reduce(data, code, timeout=timeout, algorithm=algorithm)
         if bring_back is not None:
             bring_back()
 
     def broadcast(self, x, src=0, *, timeout=None):
         if self.is_busy():
             return self.submit("broadcast", x, src, timeout=timeout).wait()
+        if self._staging is not None and self._staging.broadcast(x, src, timeout=timeout):
+            return
         data, bring_back = hold(x, writable=src != self.rank)
         self.group.broadcast(data, src, timeout=timeout)
         if bring_back is not None and src != self.rank:
@@ -187,6 +197,8 @@ class FleetEngine(Engine):
                 raise ConfigError(f"there is no operation {call!r}")
             call = getattr(self, call)
         work = CallWork(call.__name__)
+        if self._staging is not None:
+            call = self._staging.in_order(call, args)
         with self._lock:
             if self._thread is None:
                 self._queue = queue.SimpleQueue()
@@ -203,7 +215,7 @@ class FleetEngine(Engine):
         with self._lock:
             self._pending -= 1
             if not self._pending:
-                self.quick = self.group.quick_all_reduce
+                self.quick = self._quick
 
     def allocate(self, nbytes: int) -> Any:
         return self.wired.arena.allocate(nbytes)
@@ -231,6 +243,8 @@ class FleetEngine(Engine):
                 self._thread.join()
         if self._driver is not None and threading.current_thread() is not self._driver:
             self._driver.join()
+        if self._staging is not None:
+            self._staging.close()
 
 
 def _serve(engine_ref, calls):

@@ -16,16 +16,16 @@ FLOORS = {
     "C3": ("fleetcore", ["executor", "postroom", "mailbox"]),
     "C4": ("fleetcore", ["group"]),
     "P0": ("pyfleet", ["errors", "config", "placement", "members", "metrics", "output"]),
-    "P1": ("pyfleet", ["arrays", "flat", "identity/", "discovery/", "rendezvous/", "compressors/", "exporters/"]),
-    "P2": ("pyfleet", ["connections", "wiring", "compression", "calls", "membership/", "gradients/", "data/", "engines/"]),
+    "P1": ("pyfleet", ["arrays", "flat", "devices/", "identity/", "discovery/", "rendezvous/", "compressors/", "exporters/"]),
+    "P2": ("pyfleet", ["connections", "wiring", "compression", "calls", "staging", "membership/", "gradients/", "data/", "engines/"]),
     "P3": ("pyfleet", ["sampling", "fleet", "collectives", "context", "strategies/", "estimators/"]),
     "P4": ("pyfleet", ["checkpoint", "testing", "trainer", "integrations/", "benchmarks/"]),
     "P5": ("pyfleet", ["launchers/", "examples/"]),
     "P6": ("pyfleet", ["commands/"]),
 }
 # Folders of kinds: a kind imports only `base` of its own folder, and so does the folder's table.
-OPEN_SETS = {"kernels", "transports", "schedules", "discovery", "rendezvous", "compressors", "exporters", "engines",
-             "strategies", "estimators", "integrations", "launchers", "examples", "benchmarks", "commands"}
+OPEN_SETS = {"kernels", "transports", "schedules", "devices", "discovery", "rendezvous", "compressors", "exporters",
+             "engines", "strategies", "estimators", "integrations", "launchers", "examples", "benchmarks", "commands"}
 TOP = {"pyfleet/__init__.py", "pyfleet/__main__.py"}            # see everything
 BARRED_FROM_CORE = {"torch", "numpy", "asyncio", "logging", "threading"}
 READS_ENVIRONMENT = {"pyfleet/config.py"}
