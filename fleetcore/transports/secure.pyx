@@ -223,7 +223,7 @@ cdef class SecureLink(Link):
         c.socket = inner.wire
         inner.wire.fd = -1
         self.wire = c.socket
-        self.wire.state, self.wire.authentic = c, True
+        self.wire.state, self.wire.authentic, self.wire.patient = c, True, False
         self.wire.send_some, self.wire.recv_some = secure_send, secure_recv
 
     def stats(self):

@@ -15,6 +15,7 @@ from fleetcore.errors import CommunicationError, ConfigError, CorruptData, OutOf
 from pyfleet.identity import ciphers
 from tests.faults import faulty_pair
 from tests.fleetcore.test_domain import everyone
+from tests.fleetcore.transports.test_links import PAIRS
 
 
 def sealed(near, far):
@@ -33,6 +34,8 @@ def mesh(size, *, kind="loopback", chunk_bytes=4096, timeout=20.0, fault=None, a
                 if fault and (a, b, use) == (0, 1, on):
                     near, far, _ = faulty_pair(fault, after)
                     pair = TcpLink(near, b), TcpLink(far, a)
+                elif kind in ("secure", "striped"):
+                    pair = PAIRS[kind](a, b)
                 elif kind == "tcp":
                     with socket.create_server(("127.0.0.1", 0)) as server:
                         near = socket.create_connection(server.getsockname())
@@ -254,8 +257,9 @@ def test_chunks_are_reduced_and_passed_on_while_others_are_on_the_wire():
         assert all(any(fold[2:4] == send[2:4] and fold[5] <= send[5] for fold in folds) for send in sends[num_chunks:])
 
 
-def test_a_short_chunk_after_long_ones_wakes_the_receiver():
-    members = mesh(3, kind="tcp", chunk_bytes=512 * 1024, timeout=20)
+@pytest.mark.parametrize("kind", ("tcp", "secure", "striped"))
+def test_a_short_chunk_after_long_ones_wakes_the_receiver(kind):
+    members = mesh(3, kind=kind, chunk_bytes=512 * 1024, timeout=20)
 
     def work(rank):
         for count in (300_000, 131_073, 131_072 * 3 + 5, 400_001):            # 512 KiB chunks and a rest of a few bytes

@@ -13,21 +13,22 @@ from fleetcore.transports import TRANSPORTS
 from pyfleet.identity import ciphers
 
 
-def tcp_pair():
+def tcp_pair(a=0, b=1):
+    """(the link rank a uses to reach b, the link rank b uses to reach a)."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         near = socket.create_connection(server.getsockname())
-        return TcpLink(near, 1), TcpLink(server.accept()[0], 0)
+        return TcpLink(near, b), TcpLink(server.accept()[0], a)
 
 
-def secure_pair():
-    near, far = tcp_pair()
+def secure_pair(a=0, b=1):
+    near, far = tcp_pair(a, b)
     cipher = ciphers.cipher(ciphers.choose(ciphers.offered(), ciphers.offered()))
     keys = [os.urandom(cipher.key_bytes) for _ in range(2)]
     return SecureLink(near, cipher, *keys), SecureLink(far, cipher, *reversed(keys))
 
 
-def striped_pair():
-    pairs = [(secure_pair if k == 1 else tcp_pair)() for k in range(3)]
+def striped_pair(a=0, b=1):
+    pairs = [(secure_pair if k == 1 else tcp_pair)(a, b) for k in range(3)]
     return StripedLink([near for near, _ in pairs]), StripedLink([far for _, far in pairs])
 
 
