@@ -17,7 +17,7 @@ FLOORS = {
     "C4": ("fleetcore", ["group"]),
     "P0": ("pyfleet", ["errors", "config", "placement", "members", "metrics", "output"]),
     "P1": ("pyfleet", ["arrays", "identity/", "discovery/", "rendezvous/", "compressors/", "exporters/"]),
-    "P2": ("pyfleet", ["connections", "wiring", "compression", "membership/", "gradients/", "data/", "engines/"]),
+    "P2": ("pyfleet", ["connections", "wiring", "compression", "routes", "membership/", "gradients/", "data/", "engines/"]),
     "P3": ("pyfleet", ["sampling", "fleet", "collectives", "context", "strategies/", "estimators/"]),
     "P4": ("pyfleet", ["checkpoint", "trainer", "integrations/"]),
     "P5": ("pyfleet", ["launchers/", "examples/"]),
