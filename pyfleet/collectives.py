@@ -14,6 +14,7 @@ from pyfleet.arrays import blank, check_shape, describe, dtype_name, from_buffer
 from pyfleet.engines import Engine, Work, base
 from pyfleet.engines.base import to_json
 from pyfleet.errors import ConfigError, DTypeError, ReduceOp, ShapeError
+from pyfleet.routes import one_off
 
 
 def all_reduce(x: Any, op: Any = ReduceOp.SUM, *, group: Group | None = None, async_op: bool = False, algorithm: str = "auto",
@@ -25,15 +26,22 @@ def all_reduce(x: Any, op: Any = ReduceOp.SUM, *, group: Group | None = None, as
              op: "sum", "mean", "min", "max", "product". float16 and bfloat16 are summed in float32 and rounded once.
              async_op: return a Work at once; x must be left alone until it is done.
              algorithm: "auto", "ring", "direct" or "tree" between hosts.  timeout: seconds for this call.
+             compression: None, a specification such as "int8", "fp16" or "topk(ratio=0.01)+fp16", or a Compressor
+             (pyfleet.compressors.parse_spec); the same on all ranks, for floating point, sum and mean. By its name a
+             compressor remembers nothing from call to call; what it leaves out is sent later only when an ErrorFeedback
+             (pyfleet.compressors.feedback) is passed, always the same one from one place.
     Raises:  PeerLost, Timeout, OutOfStep, DTypeError, ShapeError, ConfigError.
     """
     if type(x) is np.ndarray and group is None and compression is None and not async_op and algorithm == "auto":
         engine = base._current                  # microseconds count here: no calls but one
         if engine is not None and engine.quick is not None and type(op) is ReduceOp and engine.quick(x, op, timeout):
             return None
-    if compression not in (None, "none"):
-        raise ConfigError(f"compression {compression!r} is not one of: none")
     engine = _engine(group)
+    if compression is not None and compression != "none":
+        if algorithm != "auto":
+            raise ConfigError(f"with compression the algorithm is the compressor's own, not {algorithm!r}")
+        work = engine.submit(one_off(engine, x, op, compression), timeout)
+        return work if async_op else work.wait()
     if async_op:
         return engine.submit("all_reduce", x, op, algorithm=algorithm, timeout=timeout)
     engine.all_reduce(x, op, algorithm=algorithm, timeout=timeout)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from pyfleet import engines
+from pyfleet import engines, routes
 from pyfleet.config import ClusterConfig, load_config
 from pyfleet.engines.fleet import FleetEngine
 from pyfleet.errors import ConfigError, NotInitialized
@@ -67,8 +67,9 @@ class Fleet:
         return self.rank == self.leader
 
     def stats(self) -> dict:
-        """Bytes and messages, per operation and per link, as counted at the socket; see Engine.stats."""
-        return self.engine.stats()
+        """Bytes and messages, per operation and per link, as counted at the socket: see Engine.stats. Under "compression"
+        what compressed all-reduces sent, and what they would have sent: see pyfleet.routes.stats."""
+        return self.engine.stats() | {"compression": routes.stats(self.engine)}
 
     def __repr__(self) -> str:
         hosts = len({member.host for member in self.members})

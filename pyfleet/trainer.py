@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from pyfleet.compressors import Compressor, parse_spec
 from pyfleet.config import ClusterConfig, TrainingConfig
 from pyfleet.data import DataPartitioner, DistributedSampler, Samples, seed_all
 from pyfleet.engines import Engine, current, is_current
@@ -23,7 +24,7 @@ MOMENTUM = 0.9      # of the optimiser that is used when none is given
 
 # What this release does of settings that name more; anything else is refused rather than ignored.
 OFFERED = {
-    "strategy": ("data_parallel",), "compression": ("none",), "sync_every": (1,), "amp": (False,),
+    "strategy": ("data_parallel",), "sync_every": (1,), "amp": (False,),
     "loss_scale": (None,), "checkpoint_every": (0,), "resume": ("auto", "never"),
 }
 
@@ -83,7 +84,8 @@ class Trainer:
         self._require_same_everywhere()
         self.device = select_device(self.config.device, self.engine.local_rank)
         self.model = model.to(self.device)
-        self.strategy = DistributedDataParallel(self.model, self.config.bucket_size_mb, engine=self.engine)
+        self.strategy = DistributedDataParallel(self.model, self.config.bucket_size_mb, compression=compression_of(self.config),
+                                                error_feedback=self.config.error_feedback, engine=self.engine)
         self.optimizer = self._make_optimizer(optimizer)
         self.loss_fn = default_loss if loss_fn is None else loss_fn
         self.callbacks = [each if hasattr(each, "on_epoch_end") else _EveryEpoch(each) for each in callbacks]
@@ -266,10 +268,19 @@ def require_offered(config: TrainingConfig) -> None:
 
     Raises:  ConfigError naming the setting and what is offered.
     """
+    compression_of(config)
     for name, offered in OFFERED.items():
         if (value := getattr(config, name)) not in offered:
             raise ConfigError(f"{name}={value!r} is not offered in this release; choose from "
                               + ", ".join(map(repr, offered)))
+
+
+def compression_of(config: TrainingConfig) -> Compressor:
+    """The compression that the settings name, with topk_ratio and seed where its text leaves them open.
+
+    Raises:  ConfigError naming the nearest known one.
+    """
+    return parse_spec(config.compression, ratio=config.topk_ratio, seed=config.seed)
 
 
 def select_device(name: str = "auto", local_rank: int = 0) -> torch.device:

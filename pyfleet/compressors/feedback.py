@@ -20,10 +20,15 @@ class ErrorFeedback(Compressor):
 
     Between two commits everything can be undone, for steps that fail or are skipped: `rollback`.
 
+    On the route "shard" a rank encodes twice: its own gradient, and the sum of the segment it owns. `for_segment` is the
+    feedback of the latter, and part of this one's commit, rollback and state.
+
     Args:    inner: the compressor to wrap.  num_elems: elements of the bucket.
              undo: keep a copy of what a step overwrites, for rollback; without it only `commit` may be called.
     Attributes:
         residual: (num_elems,) float32.
+        owner: the feedback of the owned segment, once there is one.
+        segment: (start, stop, scale) of it: what it keeps counts `scale` times in the sum of gradients.
     """
 
     stateful = True
@@ -35,6 +40,8 @@ class ErrorFeedback(Compressor):
         self._before = np.empty(num_elems, np.float32) if undo else None
         self._touched: list[slice] = []
         self._inner_before: dict[str, Any] | None = None
+        self.owner: ErrorFeedback | None = None
+        self.segment: tuple[int, int, int] | None = None
 
     # What a class states, the inner compressor states for this one.
     kind = property(lambda self: self.inner.kind)
@@ -81,9 +88,28 @@ class ErrorFeedback(Compressor):
         self.inner.exchange(x, all_reduce, num_ranks, step=step)
         settle_array(grad, residual, x)
 
+    def for_segment(self, start: int, stop: int, scale: int) -> ErrorFeedback:
+        """The feedback for the sum of the elements from start to stop, which this rank owns.
+
+        When it was for others (the ranks are not those of before, or another op), what it kept joins the residual, where
+        it counts for as much, and the step so far is committed.
+
+        Args:    scale: what the encoded sum was divided by: the number of ranks for a mean, else 1.
+        """
+        if self.segment != (start, stop, scale):
+            if self.owner is not None:
+                first, last, factor = self.segment
+                self.residual[first:last] += self.owner.residual * np.float32(factor)
+            self.owner = ErrorFeedback(self.inner.fresh(), stop - start, self._before is not None)
+            self.segment = (start, stop, scale)
+            self.commit()
+        return self.owner
+
     def commit(self) -> None:
         """The step counts: forget what it overwrote."""
         self._touched, self._inner_before = [], None
+        if self.owner is not None:
+            self.owner.commit()
 
     def rollback(self) -> None:
         """The step never happened: the residual, and the inner compressor's state, are as the last commit left them.
@@ -96,17 +122,30 @@ class ErrorFeedback(Compressor):
             self.residual[piece] = self._before[piece]
         if self._inner_before is not None:
             self.inner.load_state_dict(self._inner_before)
+        if self.owner is not None:
+            self.owner.rollback()
         self.commit()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"residual": self.residual.copy(), "inner": self.inner.state_dict()}
+        state = {"residual": self.residual.copy(), "inner": self.inner.state_dict()}
+        if self.owner is not None:
+            state |= {"segment": list(self.segment), "owner": self.owner.state_dict()}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if set(state) != {"residual", "inner"}:
+        if set(state) - {"segment", "owner"} != {"residual", "inner"} or ("segment" in state) != ("owner" in state):
             raise ConfigError(f"this is no state of error feedback: {sorted(state)}")
         residual = np.asarray(state["residual"], np.float32)
         if residual.shape != self.residual.shape:
             raise ShapeError(f"the residual has shape {residual.shape}, the bucket {self.residual.shape}")
+        self.owner = self.segment = None
+        if "owner" in state:
+            start, stop, scale = state["segment"]
+            if not 0 <= start <= stop <= residual.size:
+                raise ShapeError(f"a segment from {start} to {stop} of a bucket of {residual.size}")
+            owner = ErrorFeedback(self.inner.fresh(), stop - start, self._before is not None)
+            owner.load_state_dict(state["owner"])
+            self.owner, self.segment = owner, (start, stop, scale)
         self.inner.load_state_dict(state["inner"])
         self.residual[:] = residual
         self.commit()

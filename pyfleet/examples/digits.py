@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate (default %(default)s)")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output", default="digits.pt", help="where rank 0 saves the model (default %(default)s)")
+    parser.add_argument("--compression", default="none", metavar="SPEC",
+                        help='how gradients travel: int8, fp16, "topk(ratio=0.01)+fp16", ... (default %(default)s)')
     parser.add_argument("--double", action="store_true", help="compute in float64")
     arguments = parser.parse_args(argv)
 
@@ -79,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer = pyfleet.Trainer(
         model, training, eval_dataset=test, callbacks=[Report()], training_config=pyfleet.TrainingConfig(
             epochs=arguments.epochs, batch_size=arguments.batch_size, learning_rate=arguments.lr, seed=arguments.seed,
-            device="cpu", progress=False))
+            compression=arguments.compression, device="cpu", progress=False))
     trainer.fit()
 
     accuracy = trainer.evaluate()["accuracy"]

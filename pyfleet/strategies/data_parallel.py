@@ -10,12 +10,12 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from pyfleet.compressors import Compressor, parse_spec
 from pyfleet.engines import Engine, current
 from pyfleet.errors import ConfigError, DTypeError, ShapeError
 from pyfleet.gradients import BufferBroadcast, GradientHooks, Reducer, make_buckets
+from pyfleet.routes import CompressedAllReduce
 from pyfleet.strategies.base import Strategy
-
-COMPRESSIONS = ("none",)
 
 # The wrapper whose hooks a module has: a second one must not average the same gradients again.
 _wrappers: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[DistributedDataParallel]] = \
@@ -32,22 +32,27 @@ class DistributedDataParallel(Strategy):
     Args:    bucket_size_mb: MiB of gradients that travel together.
              broadcast_buffers: whether rank 0's buffers (running statistics) replace the others' with every exchange
              of gradients, so that they are equal at every step's end and forward's start.
-             compression: None or "none".
+             compression: None, a specification such as "int8", "fp16", "topk(ratio=0.01)+fp16" or "powersgd(rank=4)", or
+             a Compressor: how gradients travel; see pyfleet.compressors. "topk" and "random" pay while they keep less
+             than one element in world_size.
+             error_feedback: send later what a lossy compression leaves out of a step. The residuals are this rank's
+             and part of the training state: compression_state.
              engine: who moves the bytes; None means the one of pyfleet.init().
     Raises:  ShapeError on every rank when models or settings differ, DTypeError on sparse or complex gradients,
              ConfigError, NotInitialized, and CommunicationError.
     """
 
     def __init__(self, model: torch.nn.Module, bucket_size_mb: float = 25.0, broadcast_buffers: bool = True,
-                 compression: str | None = None, *, engine: Engine | None = None):
-        if compression not in (None, *COMPRESSIONS):
-            raise ConfigError(f"compression {compression!r} is not offered; choose from " + ", ".join(COMPRESSIONS))
+                 compression: str | Compressor | None = None, *, error_feedback: bool = True,
+                 engine: Engine | None = None):
+        compressor = parse_spec(compression)
         super().__init__(model, current() if engine is None else engine)
         for name, module in model.named_modules():
             if getattr(module, "sparse", False) and isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag):
                 raise DTypeError(f"{name} makes sparse gradients, and only dense ones can be averaged: "
                                  "build it with sparse=False")
-        self._require_same_everywhere(f"bucket_size_mb={bucket_size_mb}, broadcast_buffers={broadcast_buffers}")
+        self._require_same_everywhere(f"bucket_size_mb={bucket_size_mb}, broadcast_buffers={broadcast_buffers}, "
+                                      f"compression={compressor.name}, error_feedback={error_feedback}")
         earlier = _wrappers.pop(model, None)
         if earlier is not None and earlier() is not None:
             earlier()._hooks.release()
@@ -56,7 +61,12 @@ class DistributedDataParallel(Strategy):
         self._buckets = make_buckets(model.named_parameters(), bucket_size_mb, self.engine.allocate)
         self._frozen = [name_and_parameter for name_and_parameter in model.named_parameters()
                         if not name_and_parameter[1].requires_grad]
-        self._reducer = Reducer(self.engine, BufferBroadcast(model, self.engine) if broadcast_buffers else None)
+        self._compressed = {} if compressor.kind == "none" else {
+            bucket: CompressedAllReduce(self.engine, compressor.fresh(), bucket.values.numel(), "mean",
+                                        error_feedback=error_feedback, shapes=[view.shape for view in bucket.views])
+            for bucket in self._buckets}
+        self._reducer = Reducer(self.engine, BufferBroadcast(model, self.engine) if broadcast_buffers else None,
+                                self._compressed)
         self._hooks = GradientHooks(self._buckets, self._reducer)
         self.synchronize()
 
@@ -123,6 +133,26 @@ class DistributedDataParallel(Strategy):
         self._hooks.prepare()
         self._hooks.flush()
 
+    def compression_state(self) -> list[dict[str, Any]]:
+        """What this rank's compression goes on from, one entry per bucket: residuals, numbers of steps, warm starts.
+
+        Plain numbers, strings, lists and numpy arrays. Empty without compression.
+        """
+        return [{"parameters": bucket.names, **way.state_dict()} for bucket, way in self._compressed.items()]
+
+    def load_compression_state(self, state: list[dict[str, Any]]) -> None:
+        """Go on from compression_state of a rank with the same model and settings, perhaps in a group of another size.
+
+        Gradients are accounted for as long as every rank's state is loaded by some rank.
+
+        Raises:  ConfigError, ShapeError when it is of other buckets or another compression.
+        """
+        if [entry.get("parameters") for entry in state] != [bucket.names for bucket in self._compressed]:
+            raise ConfigError("this is a compression state of other buckets: of another model or bucket_size_mb, or of a "
+                              "model without compression")
+        for way, entry in zip(self._compressed.values(), state, strict=True):
+            way.load_state_dict({key: value for key, value in entry.items() if key != "parameters"})
+
     def synchronize(self) -> None:
         """Give every rank the parameters and buffers of rank 0. Collective."""
         with torch.no_grad():
@@ -173,8 +203,12 @@ class Builder:
         self._settings["broadcast_buffers"] = yes
         return self
 
-    def compression(self, name: str | None) -> Self:
+    def compression(self, name: str | Compressor | None) -> Self:
         self._settings["compression"] = name
+        return self
+
+    def error_feedback(self, yes: bool = True) -> Self:
+        self._settings["error_feedback"] = yes
         return self
 
     def engine(self, engine: Engine) -> Self:

@@ -277,7 +277,7 @@ def test_a_map_style_dataset_trains_like_its_tensors(thread_ranks):
 
 
 @pytest.mark.parametrize("name,value", [
-    ("compression", "topk"), ("amp", True), ("loss_scale", 2.0), ("checkpoint_every", 1), ("strategy", "local_sgd"),
+    ("amp", True), ("loss_scale", 2.0), ("checkpoint_every", 1), ("strategy", "local_sgd"),
     ("sync_every", 2), ("resume", "some/path"),
 ])
 def test_settings_that_would_be_ignored_are_refused(name, value):

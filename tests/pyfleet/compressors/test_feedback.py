@@ -142,3 +142,43 @@ def test_what_is_wrong_is_named():
         feedback.load_state_dict({"residual": np.zeros(3), "inner": {}})
     fresh = feedback.fresh()
     assert (fresh.residual == 0).all() and fresh.name == "int8" and fresh.route == "shard" and fresh.stateful
+
+
+def test_what_an_owner_keeps_joins_the_residual_when_it_owns_another_segment():
+    feedback = ErrorFeedback(parse_spec("int4"), N, undo=True)
+    sent(feedback, gradients(N, 1), 0)
+    sent(feedback.for_segment(256, 512, 3), gradients(256, 2), 0)
+    assert feedback.for_segment(256, 512, 3) is feedback.owner
+    before, kept = feedback.residual.copy(), feedback.owner.residual.copy()
+    assert (kept != 0).any()
+    again = ErrorFeedback(parse_spec("int4"), N)
+    again.load_state_dict(feedback.state_dict())
+    assert again.segment == (256, 512, 3)
+    np.testing.assert_array_equal(again.owner.residual, kept)
+    for each in (feedback, again):
+        assert (each.for_segment(0, 256, 3).residual == 0).all()
+        before_here = before.copy()
+        before_here[256:512] += 3 * kept
+        np.testing.assert_array_equal(each.residual, before_here)
+
+
+def test_rollback_is_the_owners_too():
+    feedback = ErrorFeedback(parse_spec("int4"), N, undo=True)
+    owner = feedback.for_segment(0, 256, 1)
+    sent(owner, gradients(256, 2), 0)
+    feedback.commit()
+    kept = owner.residual.copy()
+    sent(owner, gradients(256, 3), 1)
+    assert (owner.residual != kept).any()
+    feedback.rollback()
+    np.testing.assert_array_equal(feedback.owner.residual, kept)
+
+
+def test_a_state_with_an_impossible_segment_is_refused():
+    feedback = ErrorFeedback(parse_spec("int4"), N)
+    feedback.for_segment(0, 256, 1)
+    state = feedback.state_dict()
+    with pytest.raises(ShapeError, match="a segment from 600 to 800 of a bucket of 700"):
+        feedback.load_state_dict(state | {"segment": [600, 800, 1]})
+    with pytest.raises(ConfigError, match="no state of error feedback"):
+        feedback.load_state_dict({key: value for key, value in state.items() if key != "owner"})
