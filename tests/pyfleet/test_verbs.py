@@ -271,15 +271,19 @@ def test_a_death_in_any_verb_names_the_dead(fresh_ranks, transport, verb):
     assert time.monotonic() - died < 2
 
 
+WAITS = VERBS | {"recv": lambda: pyfleet.recv(src=1), "irecv": lambda: pyfleet.irecv().wait(),
+                 "async": lambda: pyfleet.all_reduce(np.ones(3), async_op=True).wait()}
+
+
 def wait_for_ctrl_c(verb):
     try:
-        VERBS[verb]()
+        WAITS[verb]()
         VERBS["barrier"]()
     except KeyboardInterrupt:
         return "interrupted"
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", WAITS)
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_ctrl_c_interrupts_every_verb(fresh_ranks, transport, verb):
     group = fresh_ranks(3, transport)
