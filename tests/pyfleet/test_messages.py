@@ -27,9 +27,6 @@ def any_array():
             pyfleet.send(make(), 1, tag=k)
         elif rank == 1:
             assert same(pyfleet.recv(src=0, tag=k), make()), k
-            filled = make()
-            filled = filled.copy() if isinstance(filled, np.ndarray) else filled.clone()
-            filled[...] = 0
         pyfleet.barrier()
     x = np.full(1000, rank, np.float32)
     y = torch.zeros(2000)[::2]                                      # filled in place, though not contiguous
