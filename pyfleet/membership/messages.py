@@ -50,9 +50,10 @@ class Pong(Message, tag="pong"):
 
 
 class Bye(Message, tag="bye"):
-    """The sender leaves for good; nothing follows."""
+    """The last message of a connection: the sender leaves for good, or only has no use for this connection."""
 
     reason: Annotated[str, msgspec.Meta(max_length=512)] = ""
+    for_good: bool = True
 
 
 # ---- the views -------------------------------------------------------------------------------------------------------

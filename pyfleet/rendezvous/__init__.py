@@ -2,6 +2,7 @@
 from importlib import import_module
 
 RENDEZVOUS = {      # URL scheme -> store
+    "agent": "pyfleet.rendezvous.agent:AgentStore",
     "file": "pyfleet.rendezvous.file:FileStore",
     "tcp": "pyfleet.rendezvous.tcp:TcpStore",
     "torch": "pyfleet.rendezvous.torch:TorchStore",

@@ -16,7 +16,7 @@ FLOORS = {
     "C3": ("fleetcore", ["executor", "postroom", "mailbox"]),
     "C4": ("fleetcore", ["group"]),
     "P0": ("pyfleet", ["errors", "config", "placement", "members", "metrics", "output"]),
-    "P1": ("pyfleet", ["arrays", "flat", "devices/", "identity/", "discovery/", "rendezvous/", "compressors/", "exporters/"]),
+    "P1": ("pyfleet", ["arrays", "flat", "contact", "devices/", "identity/", "discovery/", "rendezvous/", "compressors/", "exporters/"]),
     "P2": ("pyfleet", ["connections", "wiring", "compression", "routes", "calls", "staging", "membership/", "gradients/",
                        "data/", "engines/"]),
     "P3": ("pyfleet", ["sampling", "fleet", "collectives", "context", "strategies/", "estimators/"]),
