@@ -38,12 +38,15 @@ class Credentials:
 
     Attributes:
         meeting: 16 bytes that the ranks of this run have in common.
+        epoch, group: the view and the group that the connections are for.
     """
 
     key: NodeKey
     namespace: Namespace
     meeting: bytes
     rank: int
+    epoch: int = 0
+    group: int = 0
 
 
 class Proven(NamedTuple):
@@ -72,7 +75,7 @@ def dial(own: Credentials, peer: int, where: Address, wants: Mapping[int, int], 
     found: dict[int, Proven] = {}
     try:
         for kind, offers in wants.items():
-            purpose = Purpose(kind, own.rank, peer, meeting=own.meeting)
+            purpose = Purpose(kind, own.rank, peer, own.epoch, own.group, own.meeting)
             found[kind] = _dial_one(own, purpose, offers, where, num_attempts, patience_s, deadline)
     except BaseException:
         for proven in found.values():
@@ -213,7 +216,7 @@ class _Hall:
                 self._drop(next(iter(self.strangers)))
             sock.setblocking(False)
             responder = Responder(self.own.key, self.own.namespace, self.admits, to_rank=self.own.rank,
-                                  meeting=self.own.meeting)
+                                  epoch=self.own.epoch, group=self.own.group, meeting=self.own.meeting)
             self.strangers[sock] = _Guest(sock, address, responder, now + self.patience_s)
             self.selector.register(sock, selectors.EVENT_READ)
 

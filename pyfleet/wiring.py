@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import hmac
 import json
@@ -165,7 +166,7 @@ class Wired:
 
 def connect(members: list[Member], rank: int, arena: Arena, cluster: ClusterConfig, deadline: Deadline,
             exchange: Callable[[Any], list], *, namespace: Namespace | None = None, shared: dict | None = None,
-            number: int = 0) -> Wired:
+            number: int = 0, epoch: int = 0) -> Wired:
     """Tie ranks into a group: shared memory within hosts, links between them, connections for messages.
 
     Args:    members, rank: the group's ranks in order, and the own place among them.
@@ -173,12 +174,13 @@ def connect(members: list[Member], rank: int, arena: Arena, cluster: ClusterConf
              namespace: whose secret the ranks must know; None: that of the meeting place will do.
              shared: arenas that are mapped here already.
              number: of this group among those of the fleet, the same on all members.
+             epoch: of the view that the group belongs to; frames and connections of another one are refused.
     Raises:  NotEnoughPeers, AuthFailed when a peer is no member, PeerLost, ConfigError; never waits past the deadline.
     """
     size = len(members)
     if size == 1:
-        return Wired(Group(0, 1, timeout=cluster.timeout), Mailbox(0, [None], timeout=cluster.timeout), members, cluster,
-                     arena, shared or {}, namespace)
+        return Wired(Group(0, 1, timeout=cluster.timeout, epoch=epoch), Mailbox(0, [None], timeout=cluster.timeout, epoch=epoch),
+                     members, cluster, arena, shared or {}, namespace)
     local = [place for place, member in enumerate(members) if member.host == members[rank].host]
     if cluster.transport == "shm" and len(local) < size:
         raise ConfigError(f"transport is 'shm', but the ranks are on {len({member.host for member in members})} hosts")
@@ -197,7 +199,8 @@ def connect(members: list[Member], rank: int, arena: Arena, cluster: ClusterConf
             card |= {"board": board.offset, "arenas": f"{directory}/arenas"}
         key = _key_for(cluster, namespace, one_host=len(local) == size)
         where = "127.0.0.1" if len(local) == size else ""
-        listener = meeting.enter_context(socket.create_server((where, 0), backlog=BACKLOG))
+        port = cluster.gradient_port + local.index(rank) if cluster.gradient_port and not where else 0
+        listener = meeting.enter_context(_listen(where, port))
         card |= {"addresses": [where] if where else own_addresses(cluster.iface), "port": listener.getsockname()[1],
                  "node": key.public.hex(), "encryption": cluster.encryption, "stripes": num_stripes(cluster),
                  "striped": cluster.stripes is not None}
@@ -214,7 +217,7 @@ def connect(members: list[Member], rank: int, arena: Arena, cluster: ClusterConf
         stripes = [_kinds_of_data(cards[rank], cards[place], members[rank], members[place]) for place in range(size)]
         proven = _connect_all(listener, cards, members, rank,
                               [(*stripes[place], *kinds[1:]) if by_links else kinds for place in range(size)], cluster, deadline,
-                              namespace, key)
+                              namespace, key, (epoch, number))
         single = {place: _link(connection, place, cluster) for place, connection in proven.items()}
         links = {kind: [single.get((kind, place)) for place in range(size)] for kind in kinds}
         if by_links:
@@ -222,19 +225,19 @@ def connect(members: list[Member], rank: int, arena: Arena, cluster: ClusterConf
                                 StripedLink([single[kind, place] for kind in stripes[place]])
                                 for place, link in enumerate(links[Kind.DATA])]
             # Between hosts an answer takes longer than it pays to spin.
-            executor = Executor(rank, links[Kind.DATA], links[Kind.CONTROL], group=number,
+            executor = Executor(rank, links[Kind.DATA], links[Kind.CONTROL], epoch=epoch, group=number,
                                 spin_ns=spin_ns(size) if len(local) == size else 0)
         if domain is not None:
             domain.connect(max(deadline.left(), 0.001))
     hosts = list(dict.fromkeys(member.host for member in members))
-    group = Group(rank, size, domain=domain, executor=executor, timeout=cluster.timeout,
+    group = Group(rank, size, domain=domain, executor=executor, timeout=cluster.timeout, epoch=epoch,
                   hosts=[hosts.index(member.host) for member in members],
                   two_level=cluster.transport != "tcp" and 1 < len(hosts) < size,
                   places={place: member.name for place, member in enumerate(members)})
     pids = None
     if domain is not None and cluster.same_host != "staging":
         pids = [shared[member.rank][1] if member.rank in shared else None for member in members]
-    mailbox = Mailbox(rank, links[Kind.MESSAGE], group=number, timeout=cluster.timeout, pids=pids,
+    mailbox = Mailbox(rank, links[Kind.MESSAGE], epoch=epoch, group=number, timeout=cluster.timeout, pids=pids,
                       places={place: member.name for place, member in enumerate(members)})
     if cluster.encryption == "off" and rank == 0 and len(hosts) > 1:
         log.warning("encryption is off: gradients travel between hosts in the clear; peers still prove who they are")
@@ -340,7 +343,7 @@ def _kinds_of_data(card, other, member, peer):
     return DATA_KINDS[:num] if member.host != peer.host or card["striped"] or other["striped"] else DATA_KINDS[:1]
 
 
-def _connect_all(listener, cards, members, rank, kinds, cluster, deadline, namespace, key):
+def _connect_all(listener, cards, members, rank, kinds, cluster, deadline, namespace, key, place_of_group):
     """A proven connection of each of kinds[place] to every other rank: {(kind, place): Proven}.
 
     Each rank connects to the lower ones and accepts the higher ones. The secret of the handshake is the namespace's;
@@ -351,7 +354,7 @@ def _connect_all(listener, cards, members, rank, kinds, cluster, deadline, names
     token = bytes.fromhex(cards[0]["token"])
     wheres = {place: _where(cards[place], members[place].rank, cluster, near[place]) for place in others}
     own = Credentials(key, namespace or Namespace.from_token(token, cluster.namespace),
-                      derive(token, "meeting", size=MEETING_BYTES), rank)
+                      derive(token, "meeting", size=MEETING_BYTES), rank, *place_of_group)
     patience_s = cluster.connection_timeout_ms / 1000
     proven = {}
     try:
@@ -368,6 +371,17 @@ def _connect_all(listener, cards, members, rank, kinds, cluster, deadline, names
         for connection in proven.values():
             connection.sock.close()
         raise
+
+
+def _listen(where, port):
+    """A listener at the port, or at any free one where somebody has it: the cards say which."""
+    try:
+        return socket.create_server((where, port), backlog=BACKLOG)
+    except OSError as error:
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES) or not port:
+            raise
+        log.info("port %d is taken: links use another one", port)
+        return socket.create_server((where, 0), backlog=BACKLOG)
 
 
 def _key_for(cluster, namespace, *, one_host):

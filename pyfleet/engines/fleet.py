@@ -186,7 +186,7 @@ class FleetEngine(Engine):
             return None
         members = [self.wired.members[place] for place in places]
         engine = FleetEngine(connect(members, places.index(self.rank), self.wired.arena, self.wired.cluster, deadline,
-                                     exchange, namespace=self.wired.namespace, shared=self.wired.shared, number=number),
+                                     exchange, namespace=self.wired.namespace, shared=self.wired.shared, number=number, epoch=self.epoch),
                              number)
         self._groups.append(engine)
         return engine

@@ -10,6 +10,21 @@ GRACE_S = 15.0      # between asking a rank to end and ending it: long enough to
 
 
 @dataclass(frozen=True)
+class Seat:
+    """A node's place among the nodes of a job: its ranks are first_rank, first_rank + 1, ... of world_size.
+
+    Attributes:
+        rendezvous: where the ranks meet (see placement.Placement).  master_addr: of rank 0's node, as seen from here.
+    """
+
+    node_rank: int
+    first_rank: int
+    world_size: int
+    master_addr: str
+    rendezvous: str | None = None
+
+
+@dataclass(frozen=True)
 class Job:
     """What to start: `command` is the whole argv of every rank."""
 
@@ -21,6 +36,7 @@ class Job:
     prefix: bool = True
     config_path: str | None = None
     overrides: tuple[str, ...] = ()
+    seat: Seat | None = None            # None: all ranks of the job are on this machine
 
 
 class Launcher(ABC):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from pyfleet.config import environment
-from pyfleet.launchers.base import Job, Launcher, describe, exit_code, is_echo
+from pyfleet.launchers.base import Job, Launcher, Seat, describe, exit_code, is_echo
 from pyfleet.output import Lines, Sink, rank_prefix, standard_sinks
 from pyfleet.placement import Placement, launch_environment
 
@@ -166,11 +166,12 @@ class _Run:
         if self.job.log_dir is not None:
             Path(self.job.log_dir).mkdir(parents=True, exist_ok=True)
         port = self.job.master_port or _free_port()
+        seat = self.job.seat or Seat(0, 0, self.job.num_ranks, "127.0.0.1", Path(self.meeting).as_uri())
         run_id = Path(self.meeting).name
-        for rank in range(self.job.num_ranks):
+        for local_rank in range(self.job.num_ranks):
             if self.signals:
                 break
-            self._start(rank, port, run_id)
+            self._start(local_rank, seat, port, run_id)
 
     def _watch_signals(self) -> None:
         """Signals only leave a note and wake the loop, which never blocks anywhere else."""
@@ -192,9 +193,10 @@ class _Run:
             self.signals.append(number)
             self.signalled_at = time.monotonic()
 
-    def _start(self, rank: int, port: int, run_id: str) -> None:
-        job, size = self.job, self.job.num_ranks
-        place = Placement(rank, size, rank, size, 0, "127.0.0.1", port, Path(self.meeting).as_uri(), "pyfleet")
+    def _start(self, local_rank: int, seat: Seat, port: int, run_id: str) -> None:
+        job, rank = self.job, seat.first_rank + local_rank
+        place = Placement(rank, seat.world_size, local_rank, job.num_ranks, seat.node_rank, seat.master_addr, port,
+                          seat.rendezvous, "pyfleet")
         told = launch_environment(place, run_id=run_id, config_path=job.config_path, overrides=job.overrides)
         parent = os.getpid()
         process = subprocess.Popen(

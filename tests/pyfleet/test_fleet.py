@@ -95,7 +95,7 @@ def test_a_taken_port_is_a_clear_error():
 
 @pytest.mark.parametrize(("place", "cluster", "match"), [
     (Placement(0, 2), {}, "nowhere to meet: set MASTER_ADDR"),
-    (Placement(0, 2, rendezvous="carrier://pigeon"), {}, "rendezvous 'carrier://pigeon' is not one of file://"),
+    (Placement(0, 2, rendezvous="carrier://pigeon"), {}, "rendezvous 'carrier://pigeon' is not one of agent://"),
     (Placement(0, 2, rendezvous="tcp://host:port"), {}, "not host:port"),
     (Placement(0, 2, rendezvous="tcp://no-such-host.invalid:1"), {}, "cannot resolve 'no-such-host.invalid'"),
     (Placement(0, 2, rendezvous="file:///proc/no/where"), {}, "cannot meet in /proc/no/where"),
