@@ -1,26 +1,11 @@
 """The contract of a launcher: start the ranks of a job, show what they print, end together, leave nothing behind."""
 from __future__ import annotations
 
-import re
-import signal
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
-GRACE_S = 15.0      # between asking a rank to end and ending it: long enough to write a checkpoint
+from pyfleet.jobs import GRACE_S, Job
 
-
-@dataclass(frozen=True)
-class Job:
-    """What to start: `command` is the whole argv of every rank."""
-
-    command: tuple[str, ...]
-    num_ranks: int = 1
-    grace_s: float = GRACE_S
-    master_port: int | None = None      # None: a free one
-    log_dir: str | None = None          # where rank_<n>.log get what each rank printed, byte for byte
-    prefix: bool = True
-    config_path: str | None = None
-    overrides: tuple[str, ...] = ()
+__all__ = ["GRACE_S", "Job", "Launcher"]
 
 
 class Launcher(ABC):
@@ -34,25 +19,3 @@ class Launcher(ABC):
         others and whose last output is the last thing shown; 128 + n when signal n ended the launcher itself.
         Raises:  OSError when the ranks cannot be started; none is left then.
         """
-
-
-def exit_code(status: int) -> int:
-    """The exit code of a shell for a process's returncode: 128 + n where signal n ended it."""
-    return status if status >= 0 else 128 - status
-
-
-def describe(status: int) -> str:
-    """How a process ended: 'failed with exit code 3', 'was killed by SIGKILL'."""
-    if status >= 0:
-        return f"failed with exit code {status}"
-    try:
-        return f"was killed by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was killed by signal {-status}"
-
-
-def is_echo(output: bytes) -> bool:
-    """Whether a rank's last words blame another rank: PeerLost, by itself or in the text of another error."""
-    start = output.rfind(b"Traceback (most recent call last)")
-    words = output[start:] if start >= 0 else output.strip().rpartition(b"\n")[2]
-    return re.search(rb"^(?! ).*\bPeerLost\b", words, re.MULTILINE) is not None
