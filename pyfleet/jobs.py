@@ -82,6 +82,15 @@ def is_echo(output: bytes) -> bool:
     return re.search(rb"^(?! ).*\bPeerLost\b", words, re.MULTILINE) is not None
 
 
+def die_with(parent: int) -> None:
+    """In a new child on Linux: be killed when the launcher dies, before the guardian even wakes."""
+    import ctypes
+    pr_set_pdeathsig = 1    # linux/prctl.h
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 class Screen:
     """Shows what ranks print on this process's stdout and stderr, marked line by line, and copies it to logs and panes."""
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pyfleet.config import environment
-from pyfleet.jobs import READ_BYTES, STDERR, STDOUT, Job, Run, Screen
+from pyfleet.jobs import READ_BYTES, STDERR, STDOUT, Job, Run, Screen, die_with
 from pyfleet.launchers.base import Launcher
 from pyfleet.placement import Placement, launch_environment
 
@@ -35,15 +35,6 @@ for group in groups:
 import shutil
 shutil.rmtree(sys.argv[1], ignore_errors=True)
 """
-
-
-def _die_with(parent: int) -> None:
-    """In a new child on Linux: be killed when the launcher dies, before the guardian even wakes."""
-    import ctypes
-    pr_set_pdeathsig = 1    # linux/prctl.h
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _adopt_orphans() -> None:
@@ -144,7 +135,7 @@ class LocalRun(Run):
         process = subprocess.Popen(
             self.job.command, env={**environment(), **dict(self.job.environment), **told}, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, start_new_session=True,
-            preexec_fn=(lambda: _die_with(parent)) if sys.platform == "linux" else None)   # noqa: PLW1509 no threads here
+            preexec_fn=(lambda: die_with(parent)) if sys.platform == "linux" else None)   # noqa: PLW1509 no threads here
         self._tell_guardian(process.pid)
         self.ranks.append(_Rank(rank, process))
         for stream in (process.stdout, process.stderr):
