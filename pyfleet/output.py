@@ -118,15 +118,19 @@ class Sink:
             except BlockingIOError:     # the descriptor is nonblocking, and less room than announced
                 return
             except OSError:             # EPIPE, EIO: nobody reads any more
-                self.broken = True
-                self._queue.clear()
-                self._queued = 0
+                self.drop()
                 return
             self._queued -= done
             if done == len(head):
                 self._queue.popleft()
             else:
                 self._queue[0] = head[done:]
+
+    def drop(self) -> None:
+        """Take it that nobody reads any more."""
+        self.broken = True
+        self._queue.clear()
+        self._queued = 0
 
 
 def standard_sinks() -> tuple[Sink, Sink]:

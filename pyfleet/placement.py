@@ -238,11 +238,13 @@ def launch_environment(
     run_id: str,
     config_path: str | None = None,
     overrides: Iterable[str] = (),
+    num_nodes: int | None = None,
     environ: Environ | None = None,
 ) -> dict[str, str]:
     """The variables that tell a rank its place, for pyfleet and, in torchrun's names, for every framework.
 
     Args:    place: with local_rank, local_world_size, node_rank and master_addr filled in.
+             num_nodes: how many machines there are; None: as many as have ranks when all have as many as this one.
              environ: what the rank inherits, to leave alone what the user has set (OMP_NUM_THREADS, PYTHONUNBUFFERED).
     """
     environ = environment() if environ is None else environ
@@ -252,7 +254,7 @@ def launch_environment(
         "PYFLEET_NODE_RANK": place.node_rank,
         "RANK": place.rank, "WORLD_SIZE": place.world_size,
         "LOCAL_RANK": place.local_rank, "LOCAL_WORLD_SIZE": place.local_world_size,
-        "GROUP_RANK": place.node_rank, "GROUP_WORLD_SIZE": place.world_size // place.local_world_size,
+        "GROUP_RANK": place.node_rank, "GROUP_WORLD_SIZE": num_nodes or place.world_size // place.local_world_size,
         "ROLE_RANK": place.rank, "ROLE_WORLD_SIZE": place.world_size, "ROLE_NAME": "default",
         "MASTER_ADDR": place.master_addr, "MASTER_PORT": place.master_port,
         "TORCHELASTIC_RUN_ID": run_id, "TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_MAX_RESTARTS": 0,

@@ -1,31 +1,42 @@
-"""Run a script as several ranks on this machine."""
+"""Run a script as several ranks, on this machine or on several."""
 from __future__ import annotations
 
 import difflib
 import importlib.util
+import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.machinery import PathFinder
 from pathlib import Path
 
 from pyfleet.commands.base import Parser, Refused, refuse
-from pyfleet.config import ambient_overrides, environment, load_config
+from pyfleet.config import CONFIG_VARIABLE, ClusterConfig, ambient_overrides, environment, load_config, read_file
 from pyfleet.errors import ConfigError
+from pyfleet.hosts import Host, parse_hosts, read_hostfile
 from pyfleet.launchers.base import GRACE_S, Job
 from pyfleet.launchers.local import LocalLauncher
+from pyfleet.launchers.ssh import Reach, SshLauncher
 from pyfleet.placement import num_cores
 
 EPILOG = """everything after the script belongs to it. The exit code is that of the first rank to fail, 128 + n for signal n,
-2 when the command line makes no sense."""
+2 when the command line makes no sense. With --hosts, ssh must let you in without a password; PYFLEET_* variables and those
+of --env go along, and a secret is made for the run where none is set."""
+# Said anew for every rank, or of use on this machine alone.
+KEPT_HERE = {"PYFLEET_CONFIG", "PYFLEET_OVERRIDES", "PYFLEET_PSK", "PYFLEET_PSK_FILE", "PYFLEET_RENDEZVOUS", "PYFLEET_RANK",
+             "PYFLEET_WORLD_SIZE", "PYFLEET_LOCAL_RANK", "PYFLEET_LOCAL_WORLD_SIZE", "PYFLEET_NODE_RANK",
+             "PYFLEET_MASTER_ADDR", "PYFLEET_MASTER_PORT"}
 
 
 def main(argv: list[str] | None = None, prog: str = "pyfleet-launch") -> int:
     """The `pyfleet-launch` command: run the ranks and return the exit code."""
     try:
-        job = _job(sys.argv[1:] if argv is None else argv, prog)
-        return LocalLauncher().run(job)
+        job, hosts, reach = _job(sys.argv[1:] if argv is None else argv, prog)
+        return (SshLauncher(hosts, reach) if hosts else LocalLauncher()).run(job)
     except (Refused, ConfigError) as error:
         return refuse(prog, error)
     except (OSError, subprocess.SubprocessError) as error:
@@ -52,11 +63,24 @@ def _parser(prog: str) -> Parser:
         f"them (default: {GRACE_S:g})")
     add("--master-port", metavar="PORT", help="the ranks' MASTER_PORT (default: a free one)")
     add("--standalone", action="store_true", help="accepted for torchrun's sake: ranks on one machine always are")
+    add("--env", "-x", metavar="NAME[=VALUE]", action="append", default=[], help="a variable for every rank, from here "
+        "unless a value is given; may be repeated")
+    add("--hosts", metavar="HOSTS", help="machines to start ranks on, over ssh: [user@]host[:slots],...; --nproc is the "
+        "slots of those that do not say")
+    add("--hostfile", metavar="FILE", help="the same, one machine a line: host slots=4, or host:4")
+    add("--workdir", metavar="DIR", help="where to start on the hosts (default: the folder of this name, or the same below "
+        "the home folder)")
+    add("--remote-python", metavar="PATH", help="Python on the hosts (default: the one at this one's path, or python3)")
+    add("--ssh-command", metavar="COMMAND", help="in place of ssh, with options: 'ssh -i key -J gateway'")
+    add("--ssh-port", metavar="PORT", help="where sshd listens on the hosts")
     return parser
 
 
-def _job(argv: list[str], prog: str) -> Job:
-    """The job that the command line describes; Refused or ConfigError when it describes none."""
+def _job(argv: list[str], prog: str) -> tuple[Job, list[Host], Reach | None]:
+    """The job that the command line describes, and where it is to run, no host meaning here.
+
+    Raises:  Refused or ConfigError when it describes none.
+    """
     parser = _parser(prog)
     mine, script = parser.split(argv)
     options = parser.parse_args(mine)
@@ -65,10 +89,81 @@ def _job(argv: list[str], prog: str) -> Job:
     port = options.master_port and _number(options.master_port, "--master-port", "a port from 1 to 65535", int, 1, 65535)
     if not script:
         raise Refused("nothing to run: name a script, or a module after -m")
-    command = _command(script, options.module, options.no_python)
-    load_config(options.config, options.override)
-    return Job(command, num_ranks, grace_s, port, options.log_dir, not options.no_prefix, options.config,
-               (*ambient_overrides(), *options.override))
+    hosts = _hosts(options)
+    command = _command(script, options.module, options.no_python, check=options.workdir is None)
+    cluster = load_config(options.config, options.override)[1]
+    job = Job(command, num_ranks, grace_s, port, options.log_dir, not options.no_prefix, options.config,
+              (*ambient_overrides(), *options.override), environment=_chosen_variables(options.env))
+    if not hosts:
+        return job, [], None
+    return _without_secrets(job), hosts, _reach(options, cluster, dict(job.environment), len(hosts))
+
+
+def _hosts(options: object) -> list[Host]:
+    """The machines that the command line names; none means here."""
+    if options.hosts is not None and options.hostfile is not None:
+        raise Refused("--hosts and --hostfile exclude each other")
+    if options.hosts is None and options.hostfile is None:
+        for name in ("workdir", "remote_python", "ssh_command", "ssh_port"):
+            if getattr(options, name) is not None:
+                raise Refused(f"--{name.replace('_', '-')} needs --hosts or --hostfile")
+        return []
+    hosts = parse_hosts(options.hosts) if options.hosts is not None else read_hostfile(options.hostfile)
+    if not options.nproc.isdigit() and not all(host.slots for host in hosts):
+        raise Refused(f"--nproc {options.nproc} counts what this machine has: with hosts, give a number, or each its slots")
+    return hosts
+
+
+def _reach(options: object, cluster: ClusterConfig, chosen: dict[str, str], num_hosts: int) -> Reach:
+    """How to get to the machines, and what goes along."""
+    port = options.ssh_port and _number(options.ssh_port, "--ssh-port", "a port from 1 to 65535", int, 1, 65535)
+    try:
+        ssh = shlex.split(options.ssh_command or "ssh")
+    except ValueError as error:
+        raise Refused(f"--ssh-command {options.ssh_command!r}: {error}") from None
+    if not ssh or shutil.which(ssh[0]) is None:
+        raise Refused(f"program {ssh[0] if ssh else ''!r} not found: it takes ssh to reach the hosts")
+    known = {name: value for name, value in environment().items() if name.startswith("PYFLEET_") and name not in KEPT_HERE}
+    if secret := _secret(cluster, num_hosts):
+        known["PYFLEET_PSK"] = secret
+    return Reach(ssh, port, options.remote_python, options.workdir, known | chosen, cluster.connection_timeout_ms / 1000,
+                 cluster.peer_timeout)
+
+
+def _secret(cluster: ClusterConfig, num_hosts: int) -> str | None:
+    """The PSK of the run: what the settings say, else a new one where ranks have to find each other over a network."""
+    from pyfleet.identity import Namespace
+    from pyfleet.identity.namespace import new_psk, read_psk
+    if cluster.psk is not None and cluster.psk_file is not None:
+        Namespace.configured(cluster)           # says what is wrong with that
+    if cluster.psk_file is not None:
+        return read_psk(Path(cluster.psk_file))
+    return cluster.psk or (new_psk() if num_hosts > 1 else None)
+
+
+def _without_secrets(job: Job) -> Job:
+    """The job as other machines may have it: the config file's content for its path, and no PSK, which goes by itself."""
+    path = job.config_path or environment().get(CONFIG_VARIABLE)
+    sections = read_file(path) if path else {}
+    for name in ("psk", "psk_file"):
+        sections.get("cluster", {}).pop(name, None)
+    overrides = [entry for entry in job.overrides
+                 if entry.partition("=")[0].strip().rpartition(".")[2] not in ("psk", "psk_file")]
+    return replace(job, config_path=None, config=json.dumps(sections, default=str) if path else None,
+                   overrides=tuple(overrides), environment=())
+
+
+def _chosen_variables(entries: list[str]) -> tuple[tuple[str, str], ...]:
+    """The variables of --env."""
+    found = {}
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise Refused(f"--env takes NAME or NAME=VALUE, got {entry!r}")
+        if not equals and name not in environment():
+            raise Refused(f"--env {name}: it is not set here; give it a value, or leave it out")
+        found[name] = value if equals else environment()[name]
+    return tuple(found.items())
 
 
 def _number(text: str, option: str, expected: str, kind: type, low: float, high: float) -> int | float:
@@ -98,18 +193,21 @@ def _num_accelerators() -> int:
     return len([path for path in Path("/dev").glob("nvidia*") if path.name.removeprefix("nvidia").isdigit()])
 
 
-def _command(script: list[str], is_module: bool, no_python: bool) -> tuple[str, ...]:
-    """The argv of a rank; Refused when what it names is not there."""
+def _command(script: list[str], is_module: bool, no_python: bool, *, check: bool = True) -> tuple[str, ...]:
+    """The argv of a rank; check: Refused when what it names is not there."""
     name, *args = script
     if is_module and no_python:
         raise Refused("-m and --no-python exclude each other")
     if no_python:
-        if shutil.which(name) is None:
+        if check and shutil.which(name) is None:
             raise Refused(f"program {name!r} not found")
         return (name, *args)
     if is_module:
-        _check_module(name)
+        if check:
+            _check_module(name)
         return (sys.executable, "-m", name, *args)
+    if not check:
+        return (sys.executable, name, *args)
     path = Path(name)
     if path.is_dir():
         raise Refused(f"{name!r} is a directory; name a script in it, or a module with -m")

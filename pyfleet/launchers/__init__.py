@@ -3,6 +3,7 @@ from pyfleet.launchers.base import Job, Launcher
 
 LAUNCHERS = {
     "local": "pyfleet.launchers.local:LocalLauncher",
+    "ssh": "pyfleet.launchers.ssh:SshLauncher",
 }
 
 __all__ = ["LAUNCHERS", "Job", "Launcher"]

@@ -1,42 +1,23 @@
-"""The contract of a launcher: start the ranks of a job, show what they print, end together, leave nothing behind."""
+"""The contract of a launcher: start the ranks of a job, show what they print, end together, leave nothing behind.
+
+And what the two ends of a launch on another machine say to each other. From here: an Order as a line of JSON, then signal
+numbers, a byte each, and ALIVE now and then. From there: BEGIN, then frames, a Hello first.
+"""
 from __future__ import annotations
 
-import re
-import signal
+import struct
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
-GRACE_S = 15.0      # between asking a rank to end and ending it: long enough to write a checkpoint
+import msgspec
 
+from pyfleet.jobs import GRACE_S, READ_BYTES, Job
 
-@dataclass(frozen=True)
-class Seat:
-    """A node's place among the nodes of a job: its ranks are first_rank, first_rank + 1, ... of world_size.
+__all__ = ["GRACE_S", "Job", "Launcher"]
 
-    Attributes:
-        rendezvous: where the ranks meet (see placement.Placement).  master_addr: of rank 0's node, as seen from here.
-    """
-
-    node_rank: int
-    first_rank: int
-    world_size: int
-    master_addr: str
-    rendezvous: str | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to start: `command` is the whole argv of every rank."""
-
-    command: tuple[str, ...]
-    num_ranks: int = 1
-    grace_s: float = GRACE_S
-    master_port: int | None = None      # None: a free one
-    log_dir: str | None = None          # where rank_<n>.log get what each rank printed, byte for byte
-    prefix: bool = True
-    config_path: str | None = None
-    overrides: tuple[str, ...] = ()
-    seat: Seat | None = None            # None: all ranks of the job are on this machine
+BEGIN = b"pyfleet frames 1\n"       # after whatever a login shell prints; the number changes with the frames
+ALIVE = 0
+LENGTH = struct.Struct("!I")
+MOST_BYTES = READ_BYTES + 4096      # of a frame: one piece of output and its envelope
 
 
 class Launcher(ABC):
@@ -52,23 +33,80 @@ class Launcher(ABC):
         """
 
 
-def exit_code(status: int) -> int:
-    """The exit code of a shell for a process's returncode: 128 + n where signal n ended it."""
-    return status if status >= 0 else 128 - status
+class Order(msgspec.Struct, forbid_unknown_fields=True):
+    """What a machine is to run: a command, in which None stands for its own Python; the other settings of its Job; and how
+    long its orders may be silent before it takes the one who gives them for gone."""
+
+    command: list[str | None]
+    job: dict
+    silence_s: float
 
 
-def describe(status: int) -> str:
-    """How a process ended: 'failed with exit code 3', 'was killed by SIGKILL'."""
-    if status >= 0:
-        return f"failed with exit code {status}"
-    try:
-        return f"was killed by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was killed by signal {-status}"
+class Hello(msgspec.Struct, tag=True, array_like=True):
+    """Who is there; connection: SSH_CONNECTION; port: one that is free there."""
+
+    name: str
+    connection: str
+    addresses: list[str]
+    port: int
 
 
-def is_echo(output: bytes) -> bool:
-    """Whether a rank's last words blame another rank: PeerLost, by itself or in the text of another error."""
-    start = output.rfind(b"Traceback (most recent call last)")
-    words = output[start:] if start >= 0 else output.strip().rpartition(b"\n")[2]
-    return re.search(rb"^(?! ).*\bPeerLost\b", words, re.MULTILINE) is not None
+class Printed(msgspec.Struct, tag=True, array_like=True):
+    """What a rank has printed; b"" at the stream's end."""
+
+    rank: int
+    stream: int
+    data: bytes
+
+
+class Ended(msgspec.Struct, tag=True, array_like=True):
+    """A rank has ended; told: after it had been asked to."""
+
+    rank: int
+    status: int
+    told: bool
+
+
+class Failed(msgspec.Struct, tag=True, array_like=True):
+    """The ranks could not be started."""
+
+    why: str
+
+
+class Over(msgspec.Struct, tag=True, array_like=True):
+    """Nobody is left there."""
+
+
+Frame = Hello | Printed | Ended | Failed | Over
+
+
+def frame(content: Frame) -> bytes:
+    """A frame as it travels."""
+    data = msgspec.msgpack.encode(content)
+    return LENGTH.pack(len(data)) + data
+
+
+class Unframer:
+    """Cuts frames out of a stream that comes in any pieces and begins with anything up to BEGIN."""
+
+    def __init__(self):
+        self._pending, self._begun = bytearray(), False
+
+    def feed(self, data: bytes) -> list[Frame]:
+        """The frames that are complete now. Raises ValueError for what is none."""
+        pending = self._pending
+        pending += data
+        if not self._begun:
+            start = pending.find(BEGIN)
+            del pending[:start + len(BEGIN) if start >= 0 else -len(BEGIN)]
+            self._begun = start >= 0
+        found = []
+        while self._begun and len(pending) >= LENGTH.size:
+            size, = LENGTH.unpack_from(pending)
+            if size > MOST_BYTES:
+                raise ValueError(f"a frame of {size} bytes")
+            if len(pending) < LENGTH.size + size:
+                break
+            found.append(msgspec.msgpack.decode(pending[LENGTH.size:LENGTH.size + size], type=Frame))
+            del pending[:LENGTH.size + size]
+        return found

@@ -15,13 +15,14 @@ FLOORS = {
     "C2": ("fleetcore", ["transports/", "schedules/", "domain"]),
     "C3": ("fleetcore", ["executor", "postroom", "mailbox"]),
     "C4": ("fleetcore", ["group"]),
-    "P0": ("pyfleet", ["errors", "config", "placement", "members", "metrics", "output"]),
-    "P1": ("pyfleet", ["arrays", "flat", "contact", "devices/", "identity/", "discovery/", "rendezvous/", "compressors/", "exporters/"]),
+    "P0": ("pyfleet", ["errors", "config", "hosts", "placement", "members", "metrics", "output"]),
+    "P1": ("pyfleet", ["arrays", "flat", "contact", "devices/", "identity/", "discovery/", "rendezvous/", "compressors/",
+                       "exporters/"]),
     "P2": ("pyfleet", ["connections", "wiring", "compression", "routes", "calls", "staging", "membership/", "gradients/",
                        "data/", "engines/"]),
     "P3": ("pyfleet", ["sampling", "fleet", "collectives", "context", "strategies/", "estimators/"]),
     "P4": ("pyfleet", ["checkpoint", "testing", "trainer", "integrations/", "benchmarks/"]),
-    "P5": ("pyfleet", ["launchers/", "examples/"]),
+    "P5": ("pyfleet", ["jobs", "launchers/", "examples/"]),
     "P6": ("pyfleet", ["commands/"]),
 }
 # Folders of kinds: a kind imports only `base` of its own folder, and so does the folder's table.

@@ -17,7 +17,7 @@ DEADLINE_S = 30.0
 class Launched:
     """A launcher that is running, its stdout to be read line by line, its stderr collected in a file."""
 
-    def __init__(self, argv, folder, environ, **popen):
+    def __init__(self, argv, folder, environ, prefix=(), **popen):
         self.mark = uuid.uuid4().hex
         self.temporary = folder / "temporary"
         self.temporary.mkdir(exist_ok=True)
@@ -25,8 +25,8 @@ class Launched:
         environ = {k: v for k, v in os.environ.items() if not k.startswith(("PYFLEET_", "SLURM_", "OMP_"))} | environ
         environ |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary), "LAUNCHED_BY": self.mark}
         with self.errors.open("wb") as stderr:
-            self.process = subprocess.Popen([sys.executable, "-m", "pyfleet", "launch", *argv], cwd=folder, env=environ,
-                                            **{"stdout": subprocess.PIPE, "stderr": stderr} | popen)
+            self.process = subprocess.Popen([*prefix, sys.executable, "-m", "pyfleet", "launch", *argv], cwd=folder,
+                                            env=environ, **{"stdout": subprocess.PIPE, "stderr": stderr} | popen)
 
     def wait_for(self, text):
         """Read stdout up to a line that holds text; return what was read."""
@@ -74,7 +74,7 @@ def launch(tmp_path):
     def launch(script, *options, args=(), environ=None, **popen):
         path = tmp_path / "script.py"
         path.write_text("import os, signal, subprocess, sys, time\nrank = int(os.environ['RANK'])\n" + script)
-        started.append(Launched([*map(str, options), str(path), *args], tmp_path, environ or {}, **popen))
+        started.append(Launched([*map(str, options), path.name, *args], tmp_path, environ or {}, **popen))
         return started[-1]
 
     yield launch

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pyfleet.launchers.base import Job
-from pyfleet.launchers.local import _Run
+from pyfleet.jobs import Job, Screen
+from pyfleet.launchers.local import LocalRun
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="adopting orphans takes Linux")
 
@@ -374,7 +374,8 @@ def test_a_second_ctrl_c_kills_at_once(launch):
 
 
 def test_a_ctrl_c_that_arrives_twice_at_once_counts_once():
-    run = _Run(Job(("true",)))
+    job = Job(("true",))
+    run = LocalRun(job, Screen(job))
     run._note(signal.SIGINT, None)
     run._note(signal.SIGINT, None)
     assert run.signals == [signal.SIGINT]
