@@ -212,13 +212,16 @@ class MdnsDiscovery(Discovery):
         if wanted == self._interfaces and self._azc is not None:
             return
         senders = [address for interface in wanted for address in interface.senders]
-        if not senders:
-            which = f"the interface {self.cluster.iface}" if self.cluster.iface else "any network interface"
-            self._say("no interface", f"mDNS discovery waits for {which} to come up")
+        if not senders or (not self.cluster.iface and all(each.is_loopback for each in wanted)):
+            which = f"interface {self.cluster.iface}" if self.cluster.iface else "network interface"
+            self._say("no interface", f"no {which} is up: mDNS discovery waits for it, and finds nobody on other machines")
+        else:
+            self._troubles.discard("no interface")
         try:
             if self._azc is None:
-                if senders:
-                    await self._open(senders)
+                if not senders:
+                    return
+                await self._open(senders)
             else:
                 gone_before, self._interfaces = self._interfaces, wanted
                 await self._publish()           # first, so that who hears us on a new interface hears the new addresses
@@ -228,9 +231,8 @@ class MdnsDiscovery(Discovery):
             self._say("open", f"mDNS discovery cannot listen yet: {error.strerror or error}")
             return
         self._interfaces = wanted
-        if senders:
-            self._troubles.discard("no interface")
-            self._ask_soon()
+        self._troubles.discard("open")
+        self._ask_soon()
 
     def _cluster_interfaces(self) -> list[Interface]:
         found = interfaces()

@@ -96,6 +96,20 @@ class Namespace:
         return None if cluster.psk is None else cls.from_psk(cluster.psk, cluster.namespace)
 
 
+    @classmethod
+    def required(cls, cluster: ClusterConfig) -> Namespace:
+        """The namespace that the settings say, for nodes that find each other: without a secret, strangers would be in it.
+
+        Raises:  ConfigError without a PSK, and as `configured`.
+        """
+        found = cls.configured(cluster)
+        if found is None:
+            raise ConfigError("nodes that find each other by themselves need a secret, or anybody on the network could join "
+                              "them: make one with `pyfleet keys psk --output FILE`, copy it to every machine, and name it "
+                              "with psk_file (PYFLEET_PSK_FILE, --psk-file)")
+        return found
+
+
 def read_psk(path: Path) -> str:
     """The PSK in a file, without the white space around it."""
     try:

@@ -17,6 +17,7 @@ PATIENCE_S = 20
 OURS, THEIRS = "0a" * 16, "0b" * 16         # tags of two namespaces
 MDNS_PORT = 5353
 ETH_P_ALL = 3
+ETHERNET_BYTES = 14
 
 
 def peer_id(letter):
@@ -63,8 +64,15 @@ class Node:
             def found():
                 return next((event for event in self.events[since:] if wanted(event)), None)
             self._grown.wait_for(lambda: found() is not None, timeout)
-            assert found() is not None, f"not within {timeout} s; there was {self.events[since:]}"
-            return found()
+            result = found()
+            assert result is not None, f"not within {timeout} s; the last events: {self.events[since:][-8:]}"
+            return result
+
+    def until(self, holds, timeout=PATIENCE_S):
+        """Ask for the state until holds(state)."""
+        deadline = time.monotonic() + timeout
+        while not holds(state := self.ask("state", "state")):
+            assert time.monotonic() < deadline, f"not within {timeout} s; the last state: {state}"
 
     def sees(self, other, timeout=PATIENCE_S, since=0):
         """Wait until another one is seen; the event."""
@@ -103,7 +111,7 @@ class Capture:
                               socket.htons(ETH_P_ALL))
         self._socket.bind(("eth0", ETH_P_ALL))
         self._socket.settimeout(0.2)
-        self.packets, self.num_bytes, self._ended = [], 0, threading.Event()
+        self.packets, self._ended = [], threading.Event()       # (when, bytes on the wire) of each
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
 
@@ -112,8 +120,7 @@ class Capture:
             with contextlib.suppress(TimeoutError):
                 data, (_, protocol, kind, *_) = self._socket.recvfrom(65536)
                 if kind == socket.PACKET_OUTGOING and self._is_mdns(data, protocol):
-                    self.packets.append((time.monotonic(), data))
-                    self.num_bytes += len(data) + 14
+                    self.packets.append((time.monotonic(), len(data) + ETHERNET_BYTES))
 
     @staticmethod
     def _is_mdns(data, protocol):

@@ -1,10 +1,8 @@
 """Nodes on one network find each other by mDNS, and notice who comes, goes, moves, and does not belong."""
-import contextlib
 import json
 import random
 import secrets
 import socket
-import subprocess
 import sys
 import time
 
@@ -16,7 +14,7 @@ from zeroconf import DNSOutgoing, ServiceInfo
 
 from pyfleet.config import ClusterConfig
 from pyfleet.discovery import configured, mdns, open_discovery
-from pyfleet.discovery.base import MOST_SIGHTINGS, Announcement
+from pyfleet.discovery.base import MOST_SIGHTINGS
 from pyfleet.discovery.mdns import RECORD_S, SERVICE, read_text
 from pyfleet.errors import ConfigError
 from tests.network import SUBNET, inside
@@ -25,6 +23,8 @@ from tests.ranks import ROOT
 
 RESPONSE = 0x8400           # flags of an authoritative answer
 GROUP = ("224.0.0.251", MDNS_PORT)
+BLOCK_MDNS = ("add table inet wall; add chain inet wall in { type filter hook input priority 0; }; "
+              "add rule inet wall in udp dport 5353 drop")
 
 
 def ip(network, host, *words):
@@ -77,10 +77,11 @@ def test_a_killed_node_expires_and_an_idle_fleet_says_next_to_nothing(network, s
     nodes[7].kill()
     for node in nodes[:7]:
         assert node.loses(nodes[7], RECORD_S + 10)["at"] - killed < RECORD_S + 2
-    elapsed = time.monotonic() - killed
-    assert elapsed > RECORD_S / 3
+    settled, ended = killed + 8, time.monotonic()               # what is said at the start has been said by then
+    assert ended - settled > RECORD_S / 4
     for each in captured:
-        assert 0 < each.num_bytes / elapsed < 250       # of the 1,000 bytes a second that an idle node may send in all
+        # Of the 1,000 bytes a second that an idle node may send in all; asking for the dead one is among them.
+        assert 0 < sum(size for at, size in each.packets if at > settled) / (ended - settled) < 350
     for node, since in zip(nodes[:7], events, strict=False):
         assert [event for event in node.events[since:] if event["event"] == "gone"
                 and event["incarnation"] != nodes[7].incarnation] == []       # who lives was asked in time
@@ -98,12 +99,12 @@ def test_nodes_of_another_namespace_are_counted_and_not_reported(network, start)
     a.sees(b)
     b.sees(a)
     for node in (a, b):
-        assert node.ask("state", "state")["strangers"] == 1
+        node.until(lambda state: state["strangers"] == 1)
         assert stranger.incarnation not in [event.get("incarnation") for event in node.events]
     assert stranger.all("seen") == []
     stranger.ask("close", "closed")
     looker.loses(stranger)
-    assert a.ask("state", "state")["strangers"] == 0
+    a.until(lambda state: state["strangers"] == 0)
 
 
 def test_two_nodes_with_one_identity_are_two_sightings(network, start):
@@ -134,10 +135,8 @@ def test_a_changed_address_is_announced(network, start):
     hosts = network(2)
     a, b = start(hosts, 0, "a"), start(hosts, 1, "b")
     a.sees(b)
-    ip(hosts, 1, "addr", "add", f"{SUBNET}.77/24", "dev", "eth0")
     ip(hosts, 1, "addr", "del", f"{hosts.address(1)}/24", "dev", "eth0")
-    with contextlib.suppress(subprocess.CalledProcessError):        # the route went with the address, or did not
-        ip(hosts, 1, "route", "add", "224.0.0.0/4", "dev", "eth0")
+    ip(hosts, 1, "addr", "add", f"{SUBNET}.77/24", "dev", "eth0")
     changed = time.monotonic()
     event = a.wait(lambda event: f"{SUBNET}.77" in event.get("addresses", ()))
     assert event["at"] - changed < 5
@@ -173,9 +172,8 @@ def test_a_network_that_comes_up_later_is_used_then(network, start, blocked):
         hosts.cut(1)
         while not link_is(hosts, 1, "NO-CARRIER"):
             pass
-        ip(hosts, 1, "link", "set", "lo", "down")
     a, b = start(hosts, 0, "a"), start(hosts, 1, "b", cluster=cluster)
-    assert "waits for" in b.wait(lambda event: event["event"] == "log")["text"]
+    assert "waits for it" in b.wait(lambda event: event["event"] == "log")["text"]
     if blocked == "no carrier":
         hosts.restore(1)
     else:
@@ -204,8 +202,7 @@ def test_a_link_that_goes_down_and_comes_back_is_taken_up_again(network, start):
 
 def test_a_firewall_that_drops_multicast_is_named(network, start):
     hosts = network(2)
-    hosts.run(1, ["nft", "add table inet wall; add chain inet wall in { type filter hook input priority 0; }; "
-                         "add rule inet wall in udp dport 5353 drop"])
+    hosts.run(1, ["nft", BLOCK_MDNS])
     a, b = start(hosts, 0, "a"), start(hosts, 1, "b")
     assert "block" in b.wait(lambda event: event["event"] == "log")["text"]
     assert b.ask("state", "state")["hears_itself"] is False
@@ -261,12 +258,15 @@ def test_what_is_opened_is_what_the_settings_say():
 
 
 class Forger:
-    """Whoever can send on the network, which is everybody."""
+    """Whoever can send on the network, which is everybody. shares: let others on that host use the port, too."""
 
-    def __init__(self, network, host):
+    def __init__(self, network, host, shares=True):
         self.socket = inside(network.namespace(host), socket.socket, socket.AF_INET, socket.SOCK_DGRAM)
         self.socket.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(network.address(host)))
         self.socket.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, 255)
+        if shares:
+            for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+                self.socket.setsockopt(socket.SOL_SOCKET, option, 1)
         self.socket.bind(("", MDNS_PORT))
 
     def send(self, data):
@@ -290,8 +290,8 @@ def forger(network):
     """forger(hosts, host): a Forger on that host."""
     made = []
 
-    def get(*args):
-        made.append(Forger(*args))
+    def get(*args, **options):
+        made.append(Forger(*args, **options))
         return made[-1]
     yield get
     for each in made:
@@ -323,7 +323,7 @@ def test_garbage_floods_and_clones_change_nothing_for_the_honest(network, start,
     mallory.claim(peer, "1" * 16, address="127.0.0.1")              # nobody else can speak for this machine
     mallory.claim(peer, "2" * 16, address="224.0.0.1")
     for _ in range(6000):                                           # clones of the tag, each a node of its own
-        mallory.claim(peer, secrets.token_hex(8))
+        mallory.claim(peer, secrets.token_hex(8), port=rng.randrange(1, 65536))
     for _ in range(3000):
         mallory.claim(peer, secrets.token_hex(8), text={"tag": THEIRS, "peer": peer, "proto": "1"})
     c = start(hosts, 2, "c")
@@ -337,6 +337,17 @@ def test_garbage_floods_and_clones_change_nothing_for_the_honest(network, start,
         assert not any(event["trouble"] for event in node.all("log"))
         assert not any("127.0.0.1" in event["addresses"] or "224.0.0.1" in event["addresses"] for event in node.all("seen"))
         assert node.process.poll() is None
+
+
+def test_a_port_that_another_program_keeps_for_itself_is_waited_for(network, start, forger):
+    hosts = network(2)
+    selfish = forger(hosts, 1, shares=False)
+    a, b = start(hosts, 0, "a"), start(hosts, 1, "b")
+    assert "in use" in b.wait(lambda event: event["event"] == "log")["text"]
+    selfish.socket.close()
+    a.sees(b, 5)
+    b.sees(a)
+    assert len(b.all("log")) == 1
 
 
 def test_a_forged_good_bye_is_contradicted(network, start, forger):
@@ -365,13 +376,7 @@ def test_names_for_people_are_harmless_on_their_terminals(name, version):
         assert word.isprintable() and len(word) <= 64
 
 
-# ---- the contract, on this machine alone ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ("mdns", "static"))
-def test_nobody_is_announced_without_a_namespace(kind):
-    with pytest.raises(ConfigError, match="pyfleet keys psk"):
-        open_discovery(kind, ClusterConfig(), None).start(Announcement(peer_id("a"), "0" * 16, 1), print)
+# ---- on this machine alone ----------------------------------------------------------------------------------
 
 
 def test_nodes_of_one_machine_find_each_other_on_its_loopback(start):

@@ -119,6 +119,13 @@ def test_a_short_passphrase_is_refused_and_not_repeated():
     assert "12345678" not in str(caught.value)
 
 
+def test_who_wants_to_be_found_needs_a_secret():
+    with pytest.raises(ConfigError, match="pyfleet keys psk"):
+        Namespace.required(ClusterConfig(namespace="lab"))
+    cluster = ClusterConfig(namespace="lab", psk=KEY.hex())
+    assert Namespace.required(cluster) == Namespace.configured(cluster)
+
+
 def test_new_keys_are_random_and_full():
     keys = {new_psk() for _ in range(10)}
     assert len(keys) == 10 and all(len(bytes.fromhex(key)) == 32 for key in keys)
