@@ -15,7 +15,7 @@ FLOORS = {
     "C2": ("fleetcore", ["transports/", "schedules/", "domain"]),
     "C3": ("fleetcore", ["executor", "postroom", "mailbox"]),
     "C4": ("fleetcore", ["group"]),
-    "P0": ("pyfleet", ["errors", "config", "placement", "members", "metrics", "output"]),
+    "P0": ("pyfleet", ["errors", "config", "placement", "members", "metrics", "output", "interfaces", "profile"]),
     "P1": ("pyfleet", ["arrays", "flat", "devices/", "identity/", "discovery/", "rendezvous/", "compressors/", "exporters/"]),
     "P2": ("pyfleet", ["connections", "wiring", "compression", "routes", "calls", "staging", "membership/", "gradients/",
                        "data/", "engines/"]),
