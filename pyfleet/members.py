@@ -46,7 +46,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
         name:        its host name, for people.
         addresses, port: where its control connections are taken; best first, IPv6 with a scope where it needs one.
         slots:       how many ranks it runs; 0 for one that only looks on.
-        profile:     what it can do, as pyfleet.membership.topology.profile() tells; JSON-like.
+        profile:     what it can do, as pyfleet.profile.profile() tells; JSON-like.
         version:     of pyfleet, for people; PROTOCOL is what decides.
     """
 

@@ -1,21 +1,21 @@
-"""Say what this machine has to offer: chip, cores, memory, accelerators, interfaces, versions."""
+"""Say what this machine has to offer: chip, cores, memory, accelerators, speed, interfaces, identity, versions."""
 from __future__ import annotations
 
-import ipaddress
 import json
 import platform
-import re
 import socket
-import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pyfleet.commands.base import Parser, Refused, refuse
+from pyfleet.config import ClusterConfig
+from pyfleet.errors import ConfigError
+from pyfleet.identity import NodeKey, short_id
+from pyfleet.identity.keys import home_folder
+from pyfleet.interfaces import interfaces as found_interfaces
 from pyfleet.placement import num_cores
-
-PACKAGES = ("pyfleet", "torch", "numpy")
+from pyfleet.profile import accelerators, chip, profile, versions
 
 
 def main(argv: list[str] | None = None, prog: str = "pyfleet info") -> int:
@@ -28,9 +28,9 @@ def main(argv: list[str] | None = None, prog: str = "pyfleet info") -> int:
         options = parser.parse_args(mine)
         if rest:
             raise Refused(f"unexpected argument {rest[0]!r}")
-    except Refused as error:
+        facts = machine()
+    except (Refused, ConfigError) as error:
         return refuse(prog, error)
-    facts = machine()
     if options.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -39,9 +39,12 @@ def main(argv: list[str] | None = None, prog: str = "pyfleet info") -> int:
 
 
 def machine() -> dict[str, Any]:
-    """The facts, as --json prints them; None where this system does not tell."""
+    """The facts, as --json prints them; None where this system does not tell.
+
+    Raises:  ConfigError.
+    """
     import psutil
-    memory = psutil.virtual_memory()
+    memory, folder = psutil.virtual_memory(), home_folder(ClusterConfig().home)
     return {
         "host": socket.gethostname(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -50,69 +53,26 @@ def machine() -> dict[str, Any]:
         "memory": {"total_bytes": memory.total, "available_bytes": memory.available},
         "accelerators": accelerators(),
         "interfaces": interfaces(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "identity": identity(folder),
+        "profile": profile(folder),
+        "versions": versions(),
     }
-
-
-def chip() -> str | None:
-    """The processor's name, as its maker gives it."""
-    if sys.platform == "darwin":
-        told = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
-        return told.stdout.strip() or None
-    for path, pattern in (("/proc/cpuinfo", r"^model name\s*:\s*(.+)$"), ("/proc/device-tree/model", r"^([^\0]+)"),
-                          ("/proc/cpuinfo", r"^Model\s*:\s*(.+)$")):
-        try:
-            found = re.search(pattern, Path(path).read_text(errors="replace"), re.MULTILINE)
-        except OSError:
-            continue
-        if found:
-            return found[1].strip()
-    return platform.processor() or None
-
-
-def accelerators() -> list[dict[str, Any]]:
-    """What torch could use; torch is asked only where the machine shows a sign of one, for importing it takes seconds."""
-    apple = sys.platform == "darwin" and platform.machine() == "arm64"
-    if not apple and not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists():
-        return []
-    try:
-        import torch
-        found = [{"kind": "cuda", "name": torch.cuda.get_device_name(index),
-                  "memory_bytes": torch.cuda.get_device_properties(index).total_memory}
-                 for index in range(torch.cuda.device_count())]
-        if torch.backends.mps.is_available():
-            found.append({"kind": "mps", "name": chip(), "memory_bytes": None})
-    except Exception as error:      # noqa: BLE001 a broken driver or torch is itself a fact about this machine
-        return [{"kind": "unusable", "name": " ".join(str(error).split()), "memory_bytes": None}]
-    return found
 
 
 def interfaces() -> list[dict[str, Any]]:
     """Network interfaces that are up and have an IP address."""
-    import psutil
-    stats, found = psutil.net_if_stats(), []
-    for name, addresses in sorted(psutil.net_if_addrs().items()):
-        ips = [entry.address for entry in addresses if entry.family in (socket.AF_INET, socket.AF_INET6)]
-        if name in stats and stats[name].isup and ips:
-            found.append({"name": name, "kind": _kind(name, ips), "addresses": ips, "mtu": stats[name].mtu,
-                          "speed_mbps": stats[name].speed or None})
-    return found
+    return [{"name": each.name, "kind": each.medium, "addresses": list(each.addresses), "mtu": each.mtu,
+             "speed_mbps": each.speed_mbps} for each in found_interfaces()]
 
 
-def _kind(name: str, ips: list[str]) -> str:
-    if any(ipaddress.ip_address(ip.partition("%")[0]).is_loopback for ip in ips):
-        return "loopback"
-    if Path(f"/sys/class/net/{name}/wireless").exists():
-        return "wifi"
-    if name.startswith("thunderbolt") or (sys.platform == "darwin" and name.startswith("bridge")):
-        return "thunderbolt"
-    return "ethernet"
+def identity(folder: Path) -> str | None:
+    """The peer id that this machine goes by; None while it has no key, which is made when one is needed, not here.
 
-
-def _version(package: str) -> str | None:
+    Raises:  ConfigError when the key is damaged or others may read it.
+    """
     try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
+        return NodeKey.load(folder).peer_id
+    except FileNotFoundError:
         return None
 
 
@@ -127,9 +87,13 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     for each in facts["accelerators"] or [None]:
         size = f", {_gib(each['memory_bytes'])}" if each and each["memory_bytes"] else ""
         table.append(("accelerator", f"{each['kind']}: {each['name']}{size}" if each else "none"))
+    measured = facts["profile"]
+    fast = f", {measured['accelerator_gflops']:,.0f} by accelerators" if measured["accelerator_gflops"] else ""
+    table.append(("speed", f"{measured['matmul_gflops']:,.1f} GFLOP/s by cores{fast}; {measured['copy_gb_s']:.1f} GB/s copied"))
     for each in facts["interfaces"]:
         speed = f", {each['speed_mbps']} Mbit/s" if each["speed_mbps"] else ""
         table.append((f"interface {each['name']}", f"{', '.join(each['addresses'])} ({each['kind']}{speed})"))
+    table.append(("identity", short_id(facts["identity"]) if facts["identity"] else "none yet"))
     return table + [(name, version or "not installed") for name, version in facts["versions"].items()]
 
 

@@ -11,6 +11,8 @@ import psutil
 import pytest
 
 from pyfleet.commands import info
+from pyfleet.identity import NodeKey, short_id
+from pyfleet.profile import profile
 
 ROOT = Path(__file__).parents[3]
 
@@ -35,7 +37,7 @@ def test_the_table_has_a_row_for_every_fact(capsys):
     assert info.main([]) == 0
     table = capsys.readouterr().out
     facts = info.machine()
-    for word in ("host", "chip", "cores", "memory", "accelerator", "interface lo", "torch", facts["host"], facts["chip"]):
+    for word in ("host", "chip", "cores", "memory", "accelerator", "speed", "interface lo", "identity", "torch", facts["host"], facts["chip"]):
         assert word in table
     assert "\x1b" not in table
 
@@ -50,12 +52,35 @@ def test_facts_that_are_not_known_are_shown_as_such():
     assert table["torch"] == "not installed"
 
 
-def test_a_broken_torch_is_a_fact_and_no_failure(monkeypatch):
-    monkeypatch.setattr(info.Path, "exists", lambda path: True)     # a machine that shows a sign of an accelerator
-    monkeypatch.setitem(sys.modules, "torch", None)
-    (found,) = info.accelerators()
-    assert found["kind"] == "unusable"
-    assert "torch" in found["name"]
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYFLEET_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def test_it_tells_the_identity_and_makes_none(home):
+    assert info.machine()["identity"] is None
+    assert dict(info.rows(info.machine()))["identity"] == "none yet"
+    assert [path.name for path in home.iterdir()] == ["profile.json"]
+    key = NodeKey.open(home)
+    assert info.machine()["identity"] == key.peer_id
+    assert dict(info.rows(info.machine()))["identity"] == short_id(key.peer_id)
+
+
+@pytest.mark.feature("M16", "P16")
+def test_it_tells_the_profile(home, capsys):
+    assert info.main(["--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["profile"] == profile(home)
+    shown = dict(info.rows(info.machine() | {"profile": {
+        "matmul_gflops": 1234.5, "accelerator_gflops": 9000.0, "copy_gb_s": 20.04}}))["speed"]
+    assert shown == "1,234.5 GFLOP/s by cores, 9,000 by accelerators; 20.0 GB/s copied"
+
+
+def test_a_damaged_key_is_one_line(home, capsys):
+    NodeKey.open(home)
+    (home / "node_keypair").write_text("nonsense")
+    assert info.main([]) == 2
+    assert capsys.readouterr().err.startswith("pyfleet info: error: the node key ")
 
 
 def test_wrong_arguments(capsys):
