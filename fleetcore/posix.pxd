@@ -46,6 +46,8 @@ cdef extern from *:
         return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
     }
 
+    static inline int fc_floor_log2(uint64_t n) { return 63 - __builtin_clzll(n); }    /* n > 0 */
+
     static inline void fc_pause(void) {
     #if defined(__x86_64__) || defined(__i386__)
         __builtin_ia32_pause();
@@ -176,6 +178,7 @@ cdef extern from *:
     static inline int fc_errno(void) { return errno; }
     """
     int64_t now_ns "fc_now_ns"() noexcept nogil
+    int floor_log2 "fc_floor_log2"(uint64_t n) noexcept nogil
     void cpu_pause "fc_pause"() noexcept nogil
     uint64_t load64 "fc_load64"(const uint64_t *p) noexcept nogil
     uint32_t load32 "fc_load32"(const uint32_t *p) noexcept nogil

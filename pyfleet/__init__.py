@@ -23,6 +23,7 @@ _HOMES = {
     "pyfleet.compression": ("GradientCompressor", "quantize_gradients", "sparsify_gradients"),
     "pyfleet.context": ("DistributedContext",),
     "pyfleet.data": ("DataPartitioner", "balance_workload", "seed_all"),
+    "pyfleet.metrics": ("log_metric",),
     "pyfleet.sampling": ("DistributedSampler",),
     "pyfleet.strategies": ("DDP", "DistributedDataParallel"),
     "pyfleet.trainer": ("Callback", "Trainer"),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from fleetcore.group import ALGORITHMS
+from fleetcore.group import ALGORITHMS, DURATION_BOUNDS_NS
 
 from pyfleet.arrays import reduce_op
 from pyfleet.errors import (
@@ -25,11 +25,13 @@ from pyfleet.errors import (
     Timeout,
 )
 from pyfleet.flat import FLOATS, Flat, flatten
+from pyfleet.metrics import REGISTRY, Family, Tally, traffic
 from pyfleet.wiring import Deadline
 
 # What Engine.submit takes by name.
 VERBS = ("all_reduce", "broadcast", "reduce", "all_gather_into", "gather_into", "scatter_into", "reduce_scatter_into",
          "all_to_all_into", "barrier")
+DURATION_BOUNDS_S = tuple(bound / 1e9 for bound in DURATION_BOUNDS_NS)
 MAX_NOTE_BYTES = 256
 MAX_TAG = 2**31 - 1
 
@@ -178,9 +180,11 @@ class PlainCalls:
         self._turn, self._count_lock = threading.Lock(), threading.Lock()
         self._calls = CallThread() if thread is None else thread
         self._operations: dict[str, dict] = {}
+        self._durations: dict[str, Tally] = {}
         self._messages = {"sends": 0, "receives": 0, "sent_bytes": 0, "received_bytes": 0}
         self._sequence = 0
         self._pid, self._closed = os.getpid(), False
+        REGISTRY.attach(self.families)
 
     # ---- verbs ---------------------------------------------------------------------------------------------------
 
@@ -304,10 +308,17 @@ class PlainCalls:
         return {"links": {}, "shared_memory": {"read_bytes": 0}, "operations": operations, "algorithms": {},
                 "messages": messages | {"read_bytes": 0, "unread_bytes": {}, "links": {}}}
 
+    def families(self) -> list[Family]:
+        """What this engine counted, for the metrics of the process."""
+        with self._count_lock:
+            took = {verb: tally.distribution() for verb, tally in self._durations.items()}
+        return traffic(self.stats(), took, self.failure)
+
     def close(self):
         if self._closed or self._pid != os.getpid():
             return
         self._closed = True
+        REGISTRY.detach(self.families)
         if self.failure is None:
             self.failure = FleetError("this group was closed")
         self._leave()
@@ -349,6 +360,7 @@ class PlainCalls:
             row["calls"] += 1
             row["bytes"] += nbytes
             row["seconds"] += seconds
+            self._durations.setdefault(verb, Tally(DURATION_BOUNDS_S)).add(seconds)
 
     def _count_message(self, what, how_much, flat):
         with self._count_lock:

@@ -281,6 +281,10 @@ class ClusterConfig(_Settings):
     stripes: int | None = _key(None, _maybe(_integer(1, 4)))    # connections per link; None: 4 above 10 Gbit/s, else 1
     home: str | None = _key(None, _maybe(_text()))              # where this node's key lives; None: ~/.pyfleet
     iface: str | None = _key(None, _maybe(_text()))             # network interface to use; None: the best measured
+    metrics_port: int | None = _key(None, _maybe(_PORT))        # where Prometheus scrapes local rank 0, the next one above it
+    metrics_host: str = _key("127.0.0.1", _text())              # the address it is served at
+    metrics_file: str | None = _key(None, _maybe(_text()))      # a file to which a line of JSON is added now and then
+    metrics_interval: float = _key(10.0, _number(0))            # seconds between two lines
     log_level: str = _key("warning", _one_of("debug", "info", "warning", "error", "critical"))
 
 

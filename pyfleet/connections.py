@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from pyfleet.errors import AuthFailed, NotEnoughPeers
 from pyfleet.identity import Initiator, Namespace, NodeKey, Purpose, Responder, Session, Throttle, peer_id, short_id
+from pyfleet.metrics import CONNECTION_ATTEMPTS, CONNECTIONS_REFUSED, HANDSHAKE_FAILURES
 
 MOST_GUESTS = 64        # connections that have not shown a valid hello yet: about 1 KB and a descriptor each
 BACKLOG = 1024          # a member's connection waits behind what strangers have opened; the kernel takes what it allows
@@ -94,16 +95,23 @@ def _dial_one(own, purpose, offers, where, num_attempts, patience_s, deadline):
                 sock = socket.create_connection((host, where.port), timeout=patience.left())
             except OSError as error:
                 problem = NotEnoughPeers(f"{host}:{where.port}: {error.strerror or error}")
+                CONNECTION_ATTEMPTS.inc(outcome="unreachable")
                 continue
+            outcome = "unreachable"
             try:
                 initiator = Initiator(own.key, own.namespace, purpose, offers, where.node)
-                return Proven(sock, _greet(sock, initiator, patience))
+                session, outcome = _greet(sock, initiator, patience), "connected"
+                return Proven(sock, session)
             except AuthFailed as error:
+                outcome = "refused"
+                HANDSHAKE_FAILURES.inc(side="dialled")
                 problem = AuthFailed(f"{host}:{where.port}: {error}")
             except TimeoutError:
                 problem = NotEnoughPeers(f"{host}:{where.port} was silent for {patience.seconds:.3g} s")
             except OSError as error:
                 problem = NotEnoughPeers(f"{host}:{where.port}: {error.strerror or error}")
+            finally:
+                CONNECTION_ATTEMPTS.inc(outcome=outcome)
             sock.close()
     raise type(problem)(f"no connection to rank {purpose.to_rank} in {num_attempts} attempts; the last: {problem}")
 
@@ -196,7 +204,7 @@ class _Hall:
         now = time.monotonic()
         for guests in (self.strangers, self.proving):
             while guests and next(iter(guests.values())).until <= now:
-                self._drop(next(iter(guests)))
+                self._turn_away("silent", next(iter(guests)))
 
     def _open_door(self):
         for _ in range(MOST_GUESTS):                            # then look after those inside
@@ -206,14 +214,14 @@ class _Hall:
                 if error.errno in _FULL:
                     if not (guests := self.strangers or self.proving):
                         raise
-                    self._drop(next(iter(guests)))
+                    self._turn_away("crowded", next(iter(guests)))
                 return
             now = time.monotonic()
             if address not in self.friends and not self.throttle.allows(address, now):
-                sock.close()
+                self._turn_away("throttled", sock)
                 continue
             if len(self.strangers) >= MOST_GUESTS:
-                self._drop(next(iter(self.strangers)))
+                self._turn_away("crowded", next(iter(self.strangers)))
             sock.setblocking(False)
             responder = Responder(self.own.key, self.own.namespace, self.admits, to_rank=self.own.rank,
                                   epoch=self.own.epoch, group=self.own.group, meeting=self.own.meeting)
@@ -228,7 +236,7 @@ class _Hall:
                 self._say(guest, reply)
                 self.proving[guest.sock] = self.strangers.pop(guest.sock)
                 if len(self.proving) > self.most_proving:
-                    self._drop(next(iter(self.proving)))
+                    self._turn_away("crowded", next(iter(self.proving)))
             elif not data:
                 self._drop(guest.sock)
             elif guest.responder.session is not None:
@@ -263,7 +271,12 @@ class _Hall:
         log.log(level, "rank %d refused a connection from %s: %s", self.own.rank, guest.address, why)
         self.num_refused, self.last_refusal = self.num_refused + 1, f"{guest.address}: {why}"
         self.throttle.failed(guest.address, time.monotonic())
-        self._drop(guest.sock)
+        HANDSHAKE_FAILURES.inc(side="accepted")
+        self._turn_away("handshake", guest.sock)
+
+    def _turn_away(self, reason, sock):
+        CONNECTIONS_REFUSED.inc(reason=reason)
+        self._drop(sock)
 
     def _drop(self, sock):
         self.strangers.pop(sock, None)

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from pyfleet import engines, routes
+from pyfleet import engines, exporters, metrics, routes
 from pyfleet.config import ClusterConfig, load_config
 from pyfleet.engines.fleet import FleetEngine
-from pyfleet.errors import ConfigError, NotInitialized
+from pyfleet.errors import ConfigError, FleetError, NotInitialized
 from pyfleet.identity import Namespace
 from pyfleet.members import Member
 from pyfleet.placement import Placement, placement
@@ -30,6 +30,7 @@ class Fleet:
 
     def __init__(self, engine: engines.Engine, members: list[Member], cluster: ClusterConfig):
         self.engine, self.members, self.cluster = engine, members, cluster
+        self.exporters: list[exporters.Exporter] = []
 
     @property
     def rank(self) -> int:
@@ -70,6 +71,22 @@ class Fleet:
         """Bytes and messages, per operation and per link, as counted at the socket: see Engine.stats. Under "compression"
         what compressed all-reduces sent, and what they would have sent: see pyfleet.routes.stats."""
         return self.engine.stats() | {"compression": routes.stats(self.engine)}
+
+    def metrics(self) -> dict[str, dict]:
+        """What this process counted, as values that JSON can carry: see pyfleet.metrics.Registry.snapshot."""
+        return metrics.REGISTRY.snapshot()
+
+    def families(self) -> list[metrics.Family]:
+        """What the fleet knows beside what its engine counts, for the metrics of the process."""
+        gauges = [("pyfleet_rank", "This process's number.", self.rank), ("pyfleet_world_size", "How many ranks there are.",
+                  self.world_size), ("pyfleet_epoch", "The number of the view.", self.epoch),
+                  ("pyfleet_is_leader", "1 where this rank leads.", int(self.is_leader))]
+        compressed = routes.stats(self.engine)
+        return [metrics.Family(name, "gauge", told, {(): value}) for name, told, value in gauges] + [
+            metrics.Family(f"pyfleet_compression_{what}_total", "counter", told,
+                           {(("compression", name),): counts[what] for name, counts in compressed.items()})
+            for what, told in (("sent_bytes", "Bytes of compressed arrays given to other ranks, without frames."),
+                               ("dense_bytes", "What the same arrays would have taken as float32."))]
 
     def __repr__(self) -> str:
         hosts = len({member.host for member in self.members})
@@ -161,13 +178,22 @@ def init(backend: str = "fleet", rank: int | None = None, world_size: int | None
         cluster = config if isinstance(config, ClusterConfig) else load_config(config)[1]
         cluster = _with_secrets(cluster, namespace, psk_file)
         place = placement(rank, world_size) if peers is None else _place_among(peers, rank, world_size)
-        engine, members = OPENERS.get(backend, partial(open_other, backend))(place, cluster, timeout)
-        return enter(Fleet(engine, members, cluster))
+        wanted = exporters.wanted(cluster)
+        try:
+            engine, members = OPENERS.get(backend, partial(open_other, backend))(place, cluster, timeout)
+        except FleetError as error:
+            metrics.FAILURES.inc(error=type(error).__name__)
+            raise
+        fleet = enter(Fleet(engine, members, cluster))
+        if not per_thread or fleet.local_rank == 0:         # what threads count is the process's
+            fleet.exporters = exporters.open_all(wanted, metrics.REGISTRY, cluster, fleet.rank, fleet.local_rank)
+        return fleet
 
 
 def enter(fleet: Fleet) -> Fleet:
     """Put a fleet in force; for the calling thread alone where threads are ranks."""
     _fleets[fleet.engine] = fleet
+    metrics.REGISTRY.attach(fleet.families)
     engines.set_current(fleet.engine, thread=fleet.engine.name in engines.PER_THREAD)
     return fleet
 
@@ -201,6 +227,9 @@ def shutdown() -> None:
     with _lock:
         fleet = _joined()
         if fleet is not None:
+            for exporter in fleet.exporters:
+                exporter.close()
+            metrics.REGISTRY.detach(fleet.families)
             fleet.engine.close()
             engines.set_current(None, thread=fleet.engine.name in engines.PER_THREAD)
             del _fleets[fleet.engine]

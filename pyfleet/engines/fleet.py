@@ -8,9 +8,10 @@ import zlib
 from typing import Any
 
 from pyfleet.arrays import hold, reduce_op
-from pyfleet.calls import VERBS, CallWork
+from pyfleet.calls import DURATION_BOUNDS_S, VERBS, CallWork
 from pyfleet.engines.base import Engine, Work, all_gather_object
 from pyfleet.errors import ConfigError
+from pyfleet.metrics import REGISTRY, Distribution, Family, traffic
 from pyfleet.staging import Staging
 from pyfleet.wiring import Deadline, Wired, connect
 
@@ -79,6 +80,7 @@ class FleetEngine(Engine):
         self._quick = (self._staging or self.group).quick_all_reduce
         self.quick = self._quick
         self._groups: list[FleetEngine] = []        # made of this one
+        REGISTRY.attach(self.families)
 
     # A synchronous call overtakes nothing: while submitted calls are pending it queues behind them, so that all ranks
     # see one order.
@@ -223,6 +225,13 @@ class FleetEngine(Engine):
     def stats(self):
         return self.group.stats() | {"messages": self.mailbox.stats()}
 
+    def families(self) -> list[Family]:
+        """What this engine counted, for the metrics of the process."""
+        stats = self.stats()
+        took = {verb: Distribution(DURATION_BOUNDS_S, counts, stats["operations"][verb]["seconds"])
+                for verb, counts in self.group.durations().items()}
+        return traffic(stats, took, self.group.failure)
+
     def record(self, on=True):
         self.group.record(on)
 
@@ -233,6 +242,7 @@ class FleetEngine(Engine):
         if self._closed:
             return
         self._closed = True
+        REGISTRY.detach(self.families)
         for group in self._groups:
             group.close()
         self.mailbox.close()

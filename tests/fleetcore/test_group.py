@@ -1,7 +1,9 @@
 """Every verb of a group against numpy, over every way that its bytes can go; ranks are threads of one process."""
+from itertools import pairwise
+
 import numpy as np
 import pytest
-from fleetcore.group import Group
+from fleetcore.group import DURATION_BOUNDS_NS, Group, bucket_of
 
 from fleetcore.errors import ConfigError, DTypeError, OutOfStep, PeerLost, ReduceOp, ShapeError
 from fleetcore.schedules import SCHEDULES
@@ -340,3 +342,26 @@ def test_calls_that_do_not_match_are_out_of_step(way, kind):
             me.barrier()
         return str(caught.value)
     assert all("out of step" in text for text in everyone(work, 2))
+
+
+def test_a_duration_is_counted_in_the_bucket_that_ends_at_or_above_it():
+    bounds = DURATION_BOUNDS_NS
+    assert bounds[0] == 256 and bounds[-1] == 1 << 38 and list(bounds) == sorted(set(bounds))
+    assert max(b / a for a, b in pairwise(bounds)) == 1.25
+    for k, bound in enumerate(bounds):
+        assert [bucket_of(ns) for ns in (bound - 1, bound, bound + 1)] == [k, k, k + 1]
+    assert [bucket_of(ns) for ns in (-1, 0, 1 << 62)] == [0, 0, len(bounds)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_call_has_its_duration(way):
+    group = Way(way, 2)
+
+    def work(rank):
+        me = group.members[rank]
+        for _ in range(7):
+            me.all_reduce(group.array(rank, np.ones(10, np.float32)))
+        me.barrier()
+        return {verb: sum(counts) for verb, counts in me.durations().items()}, {len(counts) for counts in me.durations().values()}
+
+    assert everyone(work, 2) == [({"all_reduce": 7, "barrier": 1}, {len(DURATION_BOUNDS_NS) + 1})] * 2

@@ -40,6 +40,7 @@ SIGNATURES = {
     "Trainer": "model, dataset, training_config=None, cluster_config=None, loss_fn=None, optimizer=None, eval_dataset=None, "
                "callbacks=(), *, engine=None",
     "balance_workload": "task_costs, world_size",
+    "log_metric": "name, value, /, **labels",
     "GradientCompressor": "compression='none', error_feedback=False, **parameters",
     "quantize_gradients": "g, num_bits=8",
 }

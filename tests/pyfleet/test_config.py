@@ -23,7 +23,8 @@ DEFAULTS = {
         "discovery_port": 52415, "discovery_enabled": True, "static_peers": (), "min_peers": 1, "peer_timeout": 30.0,
         "connection_timeout_ms": 5000, "max_retries": 3, "namespace": None, "psk": None, "psk_file": None,
         "encryption": "auto", "transport": "auto", "same_host": "auto", "timeout": 300.0, "congestion": None, "arena_bytes": None,
-        "stripes": None, "home": None, "iface": None, "log_level": "warning",
+        "stripes": None, "home": None, "iface": None, "metrics_port": None, "metrics_host": "127.0.0.1", "metrics_file": None,
+        "metrics_interval": 10.0, "log_level": "warning",
     },
 }
 # A value for every key that differs from its default: as text, as YAML or JSON holds it, and as it is stored.
@@ -47,6 +48,8 @@ OTHERS = {
     "psk_file": ("/k", "/k", "/k"), "encryption": ("OFF", False, "off"),
     "transport": ("shm", "shm", "shm"), "same_host": ("cma", "cma", "cma"), "timeout": ("1.5", 1.5, 1.5),
     "congestion": ("bbr", "bbr", "bbr"), "arena_bytes": ("4096", 4096, 4096), "stripes": ("3", 3, 3), "home": ("/h", "/h", "/h"),
+    "metrics_port": ("9464", 9464, 9464), "metrics_host": ("::1", "::1", "::1"),
+    "metrics_file": ("m.jsonl", "m.jsonl", "m.jsonl"), "metrics_interval": ("1", 1, 1.0),
     "iface": ("en0", "en0", "en0"), "log_level": ("debug", "debug", "debug"),
 }
 KEYS = [(cls, name) for cls, keys in DEFAULTS.items() for name in keys]

@@ -14,6 +14,7 @@ from pyfleet.errors import AuthFailed, NotEnoughPeers
 from pyfleet.identity import Initiator, Namespace, NodeKey, Purpose, ciphers
 from pyfleet.identity.handshake import Kind
 from pyfleet.identity.throttle import BURST
+from pyfleet.metrics import REGISTRY
 
 LAB = Namespace.from_psk("00" * 32, "lab")
 KEYS = [NodeKey.generate() for _ in range(3)]
@@ -198,3 +199,25 @@ def test_nobody_is_waited_for_longer_than_a_handshake_may_take():
     assert gone(silent) and gone(slow)
     assert 0.2 < time.monotonic() - started < 3
     host.meet()
+
+
+def counts():
+    """{(name, label values): value} of what connections count."""
+    return {(family.name.removeprefix("pyfleet_"), *(value for _, value in key)): value for family in REGISTRY.collect()
+            if family.name.startswith(("pyfleet_connection", "pyfleet_handshake")) for key, value in family.samples.items()}
+
+
+@pytest.mark.feature("P31")
+def test_attempts_refusals_and_failed_handshakes_are_counted():
+    before, host = counts(), Host()
+    with pytest.raises(AuthFailed):
+        host.dial(namespace=Namespace.from_psk("11" * 32, "lab"), num_attempts=2)
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        nobody = Address(["127.0.0.1"], gone.getsockname()[1], KEYS[0].public)
+    with pytest.raises(NotEnoughPeers):
+        dial(credentials(1), 0, nobody, WANTS, num_attempts=3, patience_s=5.0, deadline=Deadline(10.0))
+    host.meet()
+    assert {key: value - before.get(key, 0) for key, value in counts().items() if value != before.get(key, 0)} == {
+        ("connection_attempts_total", "refused"): 2, ("connection_attempts_total", "unreachable"): 3,
+        ("connection_attempts_total", "connected"): 2, ("connections_refused_total", "handshake"): 2,
+        ("handshake_failures_total", "dialled"): 2, ("handshake_failures_total", "accepted"): 2}
