@@ -9,7 +9,7 @@ from typing import Any
 
 from pyfleet.arrays import hold, reduce_op
 from pyfleet.calls import VERBS, CallWork
-from pyfleet.engines.base import Engine, Work, all_gather_object
+from pyfleet.engines.base import Engine, Levels, Work, all_gather_object
 from pyfleet.errors import ConfigError
 from pyfleet.staging import Staging
 from pyfleet.wiring import Deadline, Wired, connect
@@ -56,12 +56,13 @@ class FleetEngine(Engine):
 
     Args:    wired: the group and what it was made of; `allocate` takes from its arena.
              number: which group it is; that of the whole fleet is 0.
+             parent: the ranks' places in the engine that it is a group of.
     """
 
     name = "fleet"
 
-    def __init__(self, wired: Wired, number: int = 0):
-        self.wired, self.group, self.mailbox = wired, wired.group, wired.mailbox
+    def __init__(self, wired: Wired, number: int = 0, parent: tuple[int, ...] = ()):
+        self.wired, self.group, self.mailbox, self.parent = wired, wired.group, wired.mailbox, parent
         self._number, self._num_groups = number, 0
         self.rank, self.world_size, self.epoch = self.group.rank, self.group.size, self.group.epoch
         self.ranks = tuple(member.rank for member in wired.members)
@@ -79,6 +80,7 @@ class FleetEngine(Engine):
         self._quick = (self._staging or self.group).quick_all_reduce
         self.quick = self._quick
         self._groups: list[FleetEngine] = []        # made of this one
+        self._levels: Levels | None = None
 
     # A synchronous call overtakes nothing: while submitted calls are pending it queues behind them, so that all ranks
     # see one order.
@@ -187,9 +189,29 @@ class FleetEngine(Engine):
         members = [self.wired.members[place] for place in places]
         engine = FleetEngine(connect(members, places.index(self.rank), self.wired.arena, self.wired.cluster, deadline,
                                      exchange, namespace=self.wired.namespace, shared=self.wired.shared, number=number),
-                             number)
+                             number, tuple(places))
         self._groups.append(engine)
         return engine
+
+    def levels(self, *, timeout=None):
+        if self.wired.cluster.transport == "tcp" or not 1 < len({member.host for member in self.wired.members}) < self.world_size:
+            return None
+        if self.is_busy():
+            return self.submit(self.levels, timeout=timeout).wait()
+        if self._levels is None:
+            hosts: dict[str, list[int]] = {}
+            for place, member in enumerate(self.wired.members):
+                hosts.setdefault(member.host, []).append(place)
+            num_owners = min(len(places) for places in hosts.values())
+            inside = [self.new_group(places, timeout=timeout) for places in hosts.values()]
+            across = [self.new_group([places[i] for places in hosts.values()], timeout=timeout) for i in range(num_owners)]
+            self._levels = Levels(next(filter(None, inside)), next(filter(None, across), None), num_owners)
+        return self._levels
+
+    def measure_links(self, *, timeout=None):
+        if self.is_busy():
+            return self.submit(self.measure_links, timeout=timeout).wait()
+        return self.group.measure_links(timeout)
 
     def submit(self, call, *args, **kwargs):
         if isinstance(call, str):
@@ -221,7 +243,11 @@ class FleetEngine(Engine):
         return self.wired.arena.allocate(nbytes)
 
     def stats(self):
-        return self.group.stats() | {"messages": self.mailbox.stats()}
+        stats = self.group.stats() | {"messages": self.mailbox.stats()}
+        for level in (self._levels.inside, self._levels.across) if self._levels is not None else ():
+            if level is not None:           # its bytes are this engine's: nobody else knows of it
+                _add_counts(stats, level)
+        return stats
 
     def record(self, on=True):
         self.group.record(on)
@@ -245,6 +271,17 @@ class FleetEngine(Engine):
             self._driver.join()
         if self._staging is not None:
             self._staging.close()
+
+
+def _add_counts(stats, level):
+    """Let what a group has moved count in the statistics of the engine whose ranks they are."""
+    counted = level.stats()
+    stats["shared_memory"]["read_bytes"] += counted["shared_memory"]["read_bytes"]
+    for place, link in counted["links"].items():
+        own = stats["links"][level.parent[place]]
+        for name, count in link.items():
+            if isinstance(count, int):
+                own[name] += count
 
 
 def _serve(engine_ref, calls):
