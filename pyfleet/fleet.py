@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from pyfleet import engines, routes
+from pyfleet import choice, engines, routes
 from pyfleet.config import ClusterConfig, load_config
 from pyfleet.engines.fleet import FleetEngine
 from pyfleet.errors import ConfigError, NotInitialized
@@ -68,8 +68,10 @@ class Fleet:
 
     def stats(self) -> dict:
         """Bytes and messages, per operation and per link, as counted at the socket: see Engine.stats. Under "compression"
-        what compressed all-reduces sent, and what they would have sent: see pyfleet.routes.stats."""
-        return self.engine.stats() | {"compression": routes.stats(self.engine)}
+        what compressed all-reduces sent, and what they would have sent: see pyfleet.routes.stats. Under
+        "compression_choices" what compression="auto" stood for, and why: see pyfleet.choice.choices."""
+        return self.engine.stats() | {"compression": routes.stats(self.engine),
+                                      "compression_choices": choice.choices(self.engine)}
 
     def __repr__(self) -> str:
         hosts = len({member.host for member in self.members})

@@ -22,6 +22,7 @@ from zlib import crc32
 import numpy as np
 
 from pyfleet.arrays import dtype_name, from_buffer, is_tensor, reduce_op
+from pyfleet.choice import AUTO, WITHOUT_FEEDBACK, decide
 from pyfleet.compressors import Compressor, parse_spec
 from pyfleet.compressors.feedback import ErrorFeedback
 from pyfleet.connections import Deadline
@@ -110,9 +111,12 @@ def one_off(engine: Any, x: Any, op: Any, compression: str | Compressor) -> Call
 
     Args:    x: a numpy array, torch tensor or writable buffer of floating-point numbers.
              compression: a specification, for a call that remembers nothing; or a Compressor, whose memory this call
-             uses: an ErrorFeedback has the residuals of one call site.
+             uses: an ErrorFeedback has the residuals of one call site. "auto": see pyfleet.choice; here, where there is
+             no feedback, it is "none" or "bf16".
     Raises:  ConfigError for another op, or a compression that is not there; DTypeError.
     """
+    if is_auto(compression):
+        return _chosen(engine, x, op)
     is_mean, space, compressor, x = demand_op(op), _space_of(engine), parse_spec(compression), _demand_floats(x)
     if compressor is not compression and compressor.route == "own":
         compressor.bind([tuple(x.shape)])
@@ -120,6 +124,25 @@ def one_off(engine: Any, x: Any, op: Any, compression: str | Compressor) -> Call
     def all_reduce(timeout: float | None = None) -> None:
         _Call(space, compressor, is_mean, space.step, timeout).all_reduce(x)
         space.step += 1
+    return all_reduce
+
+
+def is_auto(compression: Any) -> bool:
+    """Whether a specification leaves the choice to the links."""
+    return isinstance(compression, str) and compression.strip().lower() == AUTO
+
+
+def _chosen(engine: Any, x: Any, op: Any) -> Callable[[float | None], None]:
+    demand_op(op)
+    x = _demand_floats(x)
+    num_elems = x.numel() if is_tensor(x) else x.size
+
+    def all_reduce(timeout: float | None = None) -> None:
+        name = decide(engine, num_elems, WITHOUT_FEEDBACK, timeout=timeout).compression
+        if name == "none":
+            engine.all_reduce(x, op, timeout=timeout)
+        else:
+            one_off(engine, x, op, name)(timeout)
     return all_reduce
 
 

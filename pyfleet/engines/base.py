@@ -59,6 +59,8 @@ class Engine(ABC):
 
     Attributes:
         ranks: the group's members, numbered as in the whole fleet.
+        hosts: a number for the host of every rank, the same on all ranks; () where that is not known. Between hosts, ranks
+               that are not to share memory count as on hosts of their own.
         quick: None, or quick(x, op, timeout) -> whether it has done all_reduce(x, op): for small arrays, where all there
                is to do costs a microsecond. While it says False, or is None, all_reduce() is what works.
     """
@@ -70,6 +72,7 @@ class Engine(ABC):
     local_world_size: int
     epoch: int
     ranks: tuple[int, ...]
+    hosts: tuple[int, ...] = ()
     quick: Callable[[Any, int, float | None], bool] | None = None
 
     @abstractmethod

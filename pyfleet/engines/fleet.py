@@ -68,6 +68,10 @@ class FleetEngine(Engine):
         self.ranks = tuple(member.rank for member in wired.members)
         local = [place for place, member in enumerate(wired.members) if member.host == wired.members[self.rank].host]
         self.local_rank, self.local_world_size = local.index(self.rank), len(local)
+        places = list(dict.fromkeys(member.host for member in wired.members))
+        self.hosts = tuple(places.index(member.host) for member in wired.members)
+        if len(places) > 1 and wired.cluster.transport == "tcp":
+            self.hosts = tuple(range(self.world_size))
         self._queue: queue.SimpleQueue | None = None
         self._thread: threading.Thread | None = None
         self._driver: threading.Thread | None = None
@@ -194,17 +198,15 @@ class FleetEngine(Engine):
         return engine
 
     def levels(self, *, timeout=None):
-        if self.wired.cluster.transport == "tcp" or not 1 < len({member.host for member in self.wired.members}) < self.world_size:
+        if not 1 < len(set(self.hosts)) < self.world_size:
             return None
         if self.is_busy():
             return self.submit(self.levels, timeout=timeout).wait()
         if self._levels is None:
-            hosts: dict[str, list[int]] = {}
-            for place, member in enumerate(self.wired.members):
-                hosts.setdefault(member.host, []).append(place)
-            num_owners = min(len(places) for places in hosts.values())
-            inside = [self.new_group(places, timeout=timeout) for places in hosts.values()]
-            across = [self.new_group([places[i] for places in hosts.values()], timeout=timeout) for i in range(num_owners)]
+            hosts = [[place for place, host in enumerate(self.hosts) if host == each] for each in range(max(self.hosts) + 1)]
+            num_owners = min(map(len, hosts))
+            inside = [self.new_group(places, timeout=timeout) for places in hosts]
+            across = [self.new_group([places[i] for places in hosts], timeout=timeout) for i in range(num_owners)]
             self._levels = Levels(next(filter(None, inside)), next(filter(None, across), None), num_owners)
         return self._levels
 

@@ -17,7 +17,7 @@ FLOORS = {
     "C4": ("fleetcore", ["group"]),
     "P0": ("pyfleet", ["errors", "config", "placement", "members", "metrics", "output"]),
     "P1": ("pyfleet", ["arrays", "flat", "devices/", "identity/", "discovery/", "rendezvous/", "compressors/", "exporters/"]),
-    "P2": ("pyfleet", ["connections", "wiring", "compression", "routes", "calls", "staging", "membership/", "gradients/",
+    "P2": ("pyfleet", ["connections", "wiring", "compression", "choice", "routes", "calls", "staging", "membership/", "gradients/",
                        "data/", "engines/"]),
     "P3": ("pyfleet", ["sampling", "fleet", "collectives", "context", "strategies/", "estimators/"]),
     "P4": ("pyfleet", ["checkpoint", "testing", "trainer", "integrations/", "benchmarks/"]),
