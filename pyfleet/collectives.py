@@ -27,7 +27,8 @@ def all_reduce(x: Any, op: Any = ReduceOp.SUM, *, group: Group | None = None, as
              async_op: return a Work at once; x must be left alone until it is done.
              algorithm: "auto", "ring", "direct" or "tree" between hosts.  timeout: seconds for this call.
              compression: None, a specification such as "int8", "fp16" or "topk(ratio=0.01)+fp16", or a Compressor
-             (pyfleet.compressors.parse_spec); the same on all ranks, for floating point, sum and mean. By its name a
+             (pyfleet.compressors.parse_spec), or "auto": what the measured links and codecs make worth it (pyfleet.choice);
+             the same on all ranks, for floating point, sum and mean. By its name a
              compressor remembers nothing from call to call; what it leaves out is sent later only when an ErrorFeedback
              (pyfleet.compressors.feedback) is passed, always the same one from one place.
     Raises:  PeerLost, Timeout, OutOfStep, DTypeError, ShapeError, ConfigError.

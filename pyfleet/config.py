@@ -232,9 +232,10 @@ class TrainingConfig(_Settings):
     epochs: int = _key(10, _integer(1))                         # passes over the dataset
     batch_size: int = _key(128, _integer(1))                    # samples of one step over all ranks; split by weight
     learning_rate: float = _key(0.1, _number(0))
-    compression: str = _key("none", _text())                    # a compressor or a chain: topk, fp16, bf16, int8, topk_fp16
+    compression: str = _key("none", _text())                    # a compressor or a chain: topk, int8, topk_fp16; or auto
     topk_ratio: float = _key(0.1, _number(0, 1))                # share of the gradient that topk and random keep
     error_feedback: bool = _key(True, _flag())                  # send later what a lossy compressor left out
+    dense_below: int = _key(0, _integer(0))                     # tensors with fewer elements are not compressed
     accumulation_steps: int = _key(1, _integer(1))              # micro-batches between two synchronisations
     clip_norm: float | None = _key(None, _maybe(_number(0)))    # greatest norm of the whole gradient
     amp: bool = _key(False, _flag())                            # mixed precision: half-width forward and backward

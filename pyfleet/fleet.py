@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from pyfleet import engines, exporters, metrics, routes
+from pyfleet import choice, engines, exporters, metrics, routes
 from pyfleet.config import ClusterConfig, load_config
 from pyfleet.engines.fleet import FleetEngine
 from pyfleet.errors import ConfigError, FleetError, NotInitialized
@@ -69,8 +69,10 @@ class Fleet:
 
     def stats(self) -> dict:
         """Bytes and messages, per operation and per link, as counted at the socket: see Engine.stats. Under "compression"
-        what compressed all-reduces sent, and what they would have sent: see pyfleet.routes.stats."""
-        return self.engine.stats() | {"compression": routes.stats(self.engine)}
+        what compressed all-reduces sent, and what they would have sent: see pyfleet.routes.stats. Under
+        "compression_choices" what compression="auto" stood for, and why: see pyfleet.choice.choices."""
+        return self.engine.stats() | {"compression": routes.stats(self.engine),
+                                      "compression_choices": choice.choices(self.engine)}
 
     def metrics(self) -> dict[str, dict]:
         """What this process counted, as values that JSON can carry: see pyfleet.metrics.Registry.snapshot."""

@@ -3,6 +3,10 @@
 What the routes are, base.Compressor says. Two things hold on all of them: every rank computes the result from the same
 bytes in the same order, so it is the same to the bit; and the array is overwritten only once everything has come.
 
+Where hosts have several ranks, memory carries float32 within them and only what passes between hosts is compressed: each
+rank sums up a segment of its host's arrays, the ranks with the same segment take the route, and each host puts its array
+together again.
+
 A call is several calls of the engine, so it belongs on the engine's communication thread: engine.submit(all_reduce, ...).
 There nothing can come in between, and one call's memory may be the next one's.
 """
@@ -18,6 +22,7 @@ from zlib import crc32
 import numpy as np
 
 from pyfleet.arrays import dtype_name, from_buffer, is_tensor, reduce_op
+from pyfleet.choice import AUTO, WITHOUT_FEEDBACK, decide
 from pyfleet.compressors import Compressor, parse_spec
 from pyfleet.compressors.feedback import ErrorFeedback
 from pyfleet.connections import Deadline
@@ -106,9 +111,12 @@ def one_off(engine: Any, x: Any, op: Any, compression: str | Compressor) -> Call
 
     Args:    x: a numpy array, torch tensor or writable buffer of floating-point numbers.
              compression: a specification, for a call that remembers nothing; or a Compressor, whose memory this call
-             uses: an ErrorFeedback has the residuals of one call site.
+             uses: an ErrorFeedback has the residuals of one call site. "auto": see pyfleet.choice; here, where there is
+             no feedback, it is "none" or "bf16".
     Raises:  ConfigError for another op, or a compression that is not there; DTypeError.
     """
+    if is_auto(compression):
+        return _chosen(engine, x, op)
     is_mean, space, compressor, x = demand_op(op), _space_of(engine), parse_spec(compression), _demand_floats(x)
     if compressor is not compression and compressor.route == "own":
         compressor.bind([tuple(x.shape)])
@@ -116,6 +124,25 @@ def one_off(engine: Any, x: Any, op: Any, compression: str | Compressor) -> Call
     def all_reduce(timeout: float | None = None) -> None:
         _Call(space, compressor, is_mean, space.step, timeout).all_reduce(x)
         space.step += 1
+    return all_reduce
+
+
+def is_auto(compression: Any) -> bool:
+    """Whether a specification leaves the choice to the links."""
+    return isinstance(compression, str) and compression.strip().lower() == AUTO
+
+
+def _chosen(engine: Any, x: Any, op: Any) -> Callable[[float | None], None]:
+    demand_op(op)
+    x = _demand_floats(x)
+    num_elems = x.numel() if is_tensor(x) else x.size
+
+    def all_reduce(timeout: float | None = None) -> None:
+        name = decide(engine, num_elems, WITHOUT_FEEDBACK, timeout=timeout).compression
+        if name == "none":
+            engine.all_reduce(x, op, timeout=timeout)
+        else:
+            one_off(engine, x, op, name)(timeout)
     return all_reduce
 
 
@@ -187,22 +214,61 @@ def _space_of(engine: Any) -> _Space:
 
 
 class _Call:
-    """One all-reduce in compressed form."""
+    """One all-reduce in compressed form.
 
-    def __init__(self, space: _Space, compressor: Compressor, is_mean: bool, step: int, timeout: float | None):
+    Args:    piece: where in the bucket the array begins, a multiple of the block, and how many ranks a mean is of: when
+             it is a segment that hosts exchange. None: it is the bucket, and the ranks are those of the engine.
+    """
+
+    def __init__(self, space: _Space, compressor: Compressor, is_mean: bool, step: int, timeout: float | None,
+                 piece: tuple[int, int] | None = None):
         self.space, self.engine, self.compressor = space, space.engine, compressor
         self.rank, self.size, self.is_mean, self.step = self.engine.rank, self.engine.world_size, is_mean, step
+        self.start, num_ranks = piece or (0, self.size)
+        self.divisor = num_ranks if is_mean else 1
         self._timeout, self._deadline = timeout, None if timeout is None else Deadline(timeout)
 
     def all_reduce(self, x: Any) -> None:
         values, bring_back = _flat(x, self.space)
         if values.size:
-            sent_bytes = getattr(self, f"_{self._route()}")(values)
+            levels = self._levels()
+            sent_bytes = self._reduced(values) if levels is None else self._by_levels(values, levels)
             self.space.count(self.compressor.name, values.size, sent_bytes)
         else:
             self.engine.all_reduce(values, self._op, timeout=self._left())      # all have nothing, or it is an error
         if bring_back is not None:
             bring_back()
+
+    def _levels(self) -> Any:
+        """The engine's groups for a call in two levels; None where one will do.
+
+        Dense sums find their own way between hosts, and so do the small ones of the route "own".
+        """
+        route = self.compressor.route
+        if route == "own" or (route == "reduce" and self.compressor.wire_dtype == DType.FLOAT32):
+            return None
+        return self.engine.levels(timeout=self._left())
+
+    def _by_levels(self, x: np.ndarray, levels: Any) -> int:
+        cuts = bounds(x.size, levels.num_owners, self.compressor.block)
+        counts = [stop - start for start, stop in pairwise(cuts)] + [0] * (levels.inside.world_size - levels.num_owners)
+        me = levels.inside.rank
+        start, stop = (cuts[me], cuts[me + 1]) if levels.across is not None else (0, 0)
+        stray = self.compressor.keep_only(start, stop) if isinstance(self.compressor, ErrorFeedback) else None
+        given = x if stray is None else np.add(x, stray, out=self.space.floats("given", x.size))
+        part, sent_bytes = self.space.floats("part", stop - start), 0
+        levels.inside.reduce_scatter_into(part, given, counts, "sum", timeout=self._left())
+        if part.size:
+            call = _Call(_space_of(levels.across), self.compressor, self.is_mean, self.step, self._left(), (start, self.size))
+            sent_bytes = call._reduced(part)
+        whole = self.space.floats("whole", x.size)
+        levels.inside.all_gather_into(whole, part, counts, timeout=self._left())
+        x[:] = whole
+        return sent_bytes
+
+    def _reduced(self, x: np.ndarray) -> int:
+        """Replace x by the reduction on the compressor's route; return the bytes of encodings that went to others."""
+        return getattr(self, f"_{self._route()}")(x)
 
     def _route(self) -> str:
         """The compressor's own, but for halves that a sum as they are would not serve.
@@ -237,23 +303,23 @@ class _Call:
         places = [slice(at, at + length) for at, length in zip([0, *accumulate(slots)], lengths, strict=False)]
         mine, num_own = slots[me], segments[me].stop - segments[me].start
 
+        owner = compressor
+        if isinstance(compressor, ErrorFeedback):
+            owner = compressor.for_segment(self.start + segments[me].start, self.start + segments[me].stop, self.divisor)
         wire, came = self.space.bytes("out", sum(slots)), self.space.bytes("in", mine * self.size)
         for segment, place in zip(segments, places, strict=True):
             if place.stop > place.start:
-                compressor.encode(x[segment], wire[place], step=self.step, offset=segment.start, stream=me)
+                compressor.encode(x[segment], wire[place], step=self.step, offset=self.start + segment.start, stream=me)
                 wire[place.stop:place.stop + -place.stop % SLOT_BYTES] = 0
         self.engine.all_to_all_into(came, wire, [slots] * self.size, timeout=self._left())
 
-        owner = compressor
-        if isinstance(compressor, ErrorFeedback):
-            owner = compressor.for_segment(segments[me].start, segments[me].stop, self.size if self.is_mean else 1)
         if num_own:
             total = self.space.floats("total", num_own)
             total.fill(0)
             for rank in range(self.size):
                 compressor.decode_add(came[rank * mine:rank * mine + lengths[me]], total)
             if self.is_mean:
-                total /= np.float32(self.size)
+                total /= np.float32(self.divisor)
             owner.encode(total, wire[places[me]], step=self.step, stream=self.size)
         own = wire[places[me].start:places[me].start + mine]
         self.engine.all_gather_into(wire, own, slots, timeout=self._left())
@@ -265,7 +331,7 @@ class _Call:
     def _gather(self, x: np.ndarray) -> int:
         compressor = self.compressor
         wire = self.space.bytes("out", _slot(compressor.wire_bytes(x.size)))
-        length = compressor.encode(x, wire, step=self.step, stream=self.rank)
+        length = compressor.encode(x, wire, step=self.step, offset=self.start, stream=self.rank)
         wire[length:_slot(length)] = 0
         # The lengths go first, and with them what must be equal: sums of other arrays would go unnoticed.
         facts = np.array([length, x.size, crc32(f"{compressor.name} {self._op}".encode())], np.int64)
@@ -278,7 +344,7 @@ class _Call:
         slots = [_slot(each) for each in lengths]
         came = self.space.bytes("in", sum(slots))
         self.engine.all_gather_into(came, wire[:slots[self.rank]], slots, timeout=self._left())
-        weight = 1 / self.size if self.is_mean else 1.0
+        weight = 1 / self.divisor
         x.fill(0)
         for at, each in zip([0, *accumulate(slots)], lengths, strict=False):
             compressor.decode_add(came[at:at + each], x, weight)

@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from pyfleet.choice import AUTO
 from pyfleet.compressors import Compressor, parse_spec
 from pyfleet.config import ClusterConfig, TrainingConfig
 from pyfleet.data import DataPartitioner, DistributedSampler, Samples, seed_all
 from pyfleet.engines import Engine, current, is_current
 from pyfleet.errors import ConfigError, ShapeError
 from pyfleet.gradients import gradient_norms
+from pyfleet.routes import is_auto
 from pyfleet.strategies.data_parallel import DistributedDataParallel
 
 MOMENTUM = 0.9      # of the optimiser that is used when none is given
@@ -85,7 +87,8 @@ class Trainer:
         self.device = select_device(self.config.device, self.engine.local_rank)
         self.model = model.to(self.device)
         self.strategy = DistributedDataParallel(self.model, self.config.bucket_size_mb, compression=compression_of(self.config),
-                                                error_feedback=self.config.error_feedback, engine=self.engine)
+                                                error_feedback=self.config.error_feedback,
+                                                dense_below=self.config.dense_below, engine=self.engine)
         self.optimizer = self._make_optimizer(optimizer)
         self.loss_fn = default_loss if loss_fn is None else loss_fn
         self.callbacks = [each if hasattr(each, "on_epoch_end") else _EveryEpoch(each) for each in callbacks]
@@ -275,11 +278,13 @@ def require_offered(config: TrainingConfig) -> None:
                               + ", ".join(map(repr, offered)))
 
 
-def compression_of(config: TrainingConfig) -> Compressor:
-    """The compression that the settings name, with topk_ratio and seed where its text leaves them open.
+def compression_of(config: TrainingConfig) -> Compressor | str:
+    """The compression that the settings name, with topk_ratio and seed where its text leaves them open; or "auto".
 
     Raises:  ConfigError naming the nearest known one.
     """
+    if is_auto(config.compression):
+        return AUTO
     return parse_spec(config.compression, ratio=config.topk_ratio, seed=config.seed)
 
 

@@ -29,6 +29,7 @@ class ErrorFeedback(Compressor):
         residual: (num_elems,) float32.
         owner: the feedback of the owned segment, once there is one.
         segment: (start, stop, scale) of it: what it keeps counts `scale` times in the sum of gradients.
+        home: (start, stop) outside of which nothing is kept, or None: see keep_only.
     """
 
     stateful = True
@@ -42,6 +43,8 @@ class ErrorFeedback(Compressor):
         self._inner_before: dict[str, Any] | None = None
         self.owner: ErrorFeedback | None = None
         self.segment: tuple[int, int, int] | None = None
+        self.home: tuple[int, int] | None = None
+        self._home_before: tuple[int, int] | None = None
 
     # What a class states, the inner compressor states for this one.
     kind = property(lambda self: self.inner.kind)
@@ -92,22 +95,33 @@ class ErrorFeedback(Compressor):
         """The feedback for the sum of the elements from start to stop, which this rank owns.
 
         When it was for others (the ranks are not those of before, or another op), what it kept joins the residual, where
-        it counts for as much, and the step so far is committed.
+        it counts for as much, and the step so far is committed: ask before anything is encoded.
 
         Args:    scale: what the encoded sum was divided by: the number of ranks for a mean, else 1.
         """
         if self.segment != (start, stop, scale):
-            if self.owner is not None:
-                first, last, factor = self.segment
-                self.residual[first:last] += self.owner.residual * np.float32(factor)
+            self._take_back()
             self.owner = ErrorFeedback(self.inner.fresh(), stop - start, self._before is not None)
             self.segment = (start, stop, scale)
-            self.commit()
         return self.owner
+
+    def keep_only(self, start: int, stop: int) -> np.ndarray | None:
+        """From now on encode only elements from start to stop. What is kept of others is forgotten, and the caller's to send.
+
+        Returns: (num_elems,) of it; None when there is nothing, as whenever this has been said before.
+        """
+        if self.home == (start, stop):
+            return None
+        self._take_back()
+        stray = self._residual_of(0, self.residual.size).copy()
+        stray[start:stop] = 0
+        self.residual[:start] = self.residual[stop:] = 0
+        self.home = (start, stop)
+        return stray if stray.any() else None
 
     def commit(self) -> None:
         """The step counts: forget what it overwrote."""
-        self._touched, self._inner_before = [], None
+        self._touched, self._inner_before, self._home_before = [], None, self.home
         if self.owner is not None:
             self.owner.commit()
 
@@ -124,6 +138,7 @@ class ErrorFeedback(Compressor):
             self.inner.load_state_dict(self._inner_before)
         if self.owner is not None:
             self.owner.rollback()
+        self.home = self._home_before
         self.commit()
 
     def state_dict(self) -> dict[str, Any]:
@@ -138,7 +153,7 @@ class ErrorFeedback(Compressor):
         residual = np.asarray(state["residual"], np.float32)
         if residual.shape != self.residual.shape:
             raise ShapeError(f"the residual has shape {residual.shape}, the bucket {self.residual.shape}")
-        self.owner = self.segment = None
+        self.owner = self.segment = self.home = None
         if "owner" in state:
             start, stop, scale = state["segment"]
             if not 0 <= start <= stop <= residual.size:
@@ -150,10 +165,20 @@ class ErrorFeedback(Compressor):
         self.residual[:] = residual
         self.commit()
 
+    def _take_back(self) -> None:
+        """Let what an owned segment keeps count as this rank's own, and commit."""
+        if self.owner is not None:
+            first, last, factor = self.segment
+            self.residual[first:last] += self.owner.residual * np.float32(factor)
+            self.owner = self.segment = None
+            self.commit()
+
     def _residual_of(self, offset: int, num_elems: int) -> np.ndarray:
         piece = slice(offset, offset + num_elems)
         if not 0 <= offset <= self.residual.size - num_elems:
             raise ShapeError(f"elements {offset} to {piece.stop} of a bucket of {self.residual.size}")
+        if self.home is not None and not self.home[0] <= offset <= piece.stop <= self.home[1]:
+            self.home = None
         if self._before is not None:
             if self._inner_before is None and self.inner.stateful:
                 self._inner_before = self.inner.state_dict()

@@ -3,6 +3,7 @@ from importlib import import_module
 
 from pyfleet.engines.base import (
     Engine,
+    Levels,
     Work,
     all_gather_object,
     broadcast_object,
@@ -21,7 +22,7 @@ ENGINES = {
 }
 PER_THREAD = {"mock"}       # every thread of a process may be another rank
 
-__all__ = ["ENGINES", "PER_THREAD", "Engine", "Work", "all_gather_object", "broadcast_object", "current", "engine_class",
+__all__ = ["ENGINES", "PER_THREAD", "Engine", "Levels", "Work", "all_gather_object", "broadcast_object", "current", "engine_class",
            "forget_all", "is_current", "set_current"]
 
 

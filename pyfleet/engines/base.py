@@ -5,6 +5,7 @@ import json
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,21 @@ class Work(ABC):
 Work.register(CallWork)
 
 
+@dataclass(frozen=True)
+class Levels:
+    """The groups that a call in two levels goes through: within each host, then among one rank of every host.
+
+    Attributes:
+        inside: the ranks of this host, in order.
+        across: the ranks of all hosts with this one's place among those of its host; None from num_owners on.
+        num_owners: ranks that the host with the fewest has.
+    """
+
+    inside: Engine
+    across: Engine | None
+    num_owners: int
+
+
 class Engine(ABC):
     """Collective operations of one group of ranks, for one epoch.
 
@@ -43,6 +59,8 @@ class Engine(ABC):
 
     Attributes:
         ranks: the group's members, numbered as in the whole fleet.
+        hosts: a number for the host of every rank, the same on all ranks; () where that is not known. Between hosts, ranks
+               that are not to share memory count as on hosts of their own.
         quick: None, or quick(x, op, timeout) -> whether it has done all_reduce(x, op): for small arrays, where all there
                is to do costs a microsecond. While it says False, or is None, all_reduce() is what works.
     """
@@ -54,6 +72,7 @@ class Engine(ABC):
     local_world_size: int
     epoch: int
     ranks: tuple[int, ...]
+    hosts: tuple[int, ...] = ()
     quick: Callable[[Any, int, float | None], bool] | None = None
 
     @abstractmethod
@@ -161,6 +180,15 @@ class Engine(ABC):
     def close(self) -> None:
         """Leave the group; peers that still wait for this rank learn of it. Idempotent."""
 
+    def levels(self, *, timeout: float | None = None) -> Levels | None:
+        """The groups of a call in two levels, made at first use, when all ranks ask; None where hosts have one rank each, or
+        all ranks are on one, or who is where is not known."""
+        return None
+
+    def measure_links(self, *, timeout: float | None = None) -> Any:
+        """fleetcore.schedules.model.Links of the links between hosts, the same on all ranks, which all ask; None on one host,
+        or where links are not this engine's own. The first time takes a fraction of a second."""
+        return None
 
     def check_members(self, ranks: list[int]) -> list[int]:
         """The ranks of a group to be made, as numbers of this one.

@@ -9,7 +9,7 @@ from typing import Any
 
 from pyfleet.arrays import hold, reduce_op
 from pyfleet.calls import DURATION_BOUNDS_S, VERBS, CallWork
-from pyfleet.engines.base import Engine, Work, all_gather_object
+from pyfleet.engines.base import Engine, Levels, Work, all_gather_object
 from pyfleet.errors import ConfigError
 from pyfleet.metrics import REGISTRY, Distribution, Family, traffic
 from pyfleet.staging import Staging
@@ -57,17 +57,22 @@ class FleetEngine(Engine):
 
     Args:    wired: the group and what it was made of; `allocate` takes from its arena.
              number: which group it is; that of the whole fleet is 0.
+             parent: the ranks' places in the engine that it is a group of.
     """
 
     name = "fleet"
 
-    def __init__(self, wired: Wired, number: int = 0):
-        self.wired, self.group, self.mailbox = wired, wired.group, wired.mailbox
+    def __init__(self, wired: Wired, number: int = 0, parent: tuple[int, ...] = ()):
+        self.wired, self.group, self.mailbox, self.parent = wired, wired.group, wired.mailbox, parent
         self._number, self._num_groups = number, 0
         self.rank, self.world_size, self.epoch = self.group.rank, self.group.size, self.group.epoch
         self.ranks = tuple(member.rank for member in wired.members)
         local = [place for place, member in enumerate(wired.members) if member.host == wired.members[self.rank].host]
         self.local_rank, self.local_world_size = local.index(self.rank), len(local)
+        places = list(dict.fromkeys(member.host for member in wired.members))
+        self.hosts = tuple(places.index(member.host) for member in wired.members)
+        if len(places) > 1 and wired.cluster.transport == "tcp":
+            self.hosts = tuple(range(self.world_size))
         self._queue: queue.SimpleQueue | None = None
         self._thread: threading.Thread | None = None
         self._driver: threading.Thread | None = None
@@ -80,6 +85,7 @@ class FleetEngine(Engine):
         self._quick = (self._staging or self.group).quick_all_reduce
         self.quick = self._quick
         self._groups: list[FleetEngine] = []        # made of this one
+        self._levels: Levels | None = None
         REGISTRY.attach(self.families)
 
     # A synchronous call overtakes nothing: while submitted calls are pending it queues behind them, so that all ranks
@@ -188,10 +194,29 @@ class FleetEngine(Engine):
             return None
         members = [self.wired.members[place] for place in places]
         engine = FleetEngine(connect(members, places.index(self.rank), self.wired.arena, self.wired.cluster, deadline,
-                                     exchange, namespace=self.wired.namespace, shared=self.wired.shared, number=number, epoch=self.epoch),
-                             number)
+                                     exchange, namespace=self.wired.namespace, shared=self.wired.shared, number=number,
+                                     epoch=self.epoch),
+                             number, tuple(places))
         self._groups.append(engine)
         return engine
+
+    def levels(self, *, timeout=None):
+        if not 1 < len(set(self.hosts)) < self.world_size:
+            return None
+        if self.is_busy():
+            return self.submit(self.levels, timeout=timeout).wait()
+        if self._levels is None:
+            hosts = [[place for place, host in enumerate(self.hosts) if host == each] for each in range(max(self.hosts) + 1)]
+            num_owners = min(map(len, hosts))
+            inside = [self.new_group(places, timeout=timeout) for places in hosts]
+            across = [self.new_group([places[i] for places in hosts], timeout=timeout) for i in range(num_owners)]
+            self._levels = Levels(next(filter(None, inside)), next(filter(None, across), None), num_owners)
+        return self._levels
+
+    def measure_links(self, *, timeout=None):
+        if self.is_busy():
+            return self.submit(self.measure_links, timeout=timeout).wait()
+        return self.group.measure_links(timeout)
 
     def submit(self, call, *args, **kwargs):
         if isinstance(call, str):
@@ -223,7 +248,11 @@ class FleetEngine(Engine):
         return self.wired.arena.allocate(nbytes)
 
     def stats(self):
-        return self.group.stats() | {"messages": self.mailbox.stats()}
+        stats = self.group.stats() | {"messages": self.mailbox.stats()}
+        for level in (self._levels.inside, self._levels.across) if self._levels is not None else ():
+            if level is not None:           # its bytes are this engine's: nobody else knows of it
+                _add_counts(stats, level)
+        return stats
 
     def families(self) -> list[Family]:
         """What this engine counted, for the metrics of the process."""
@@ -255,6 +284,17 @@ class FleetEngine(Engine):
             self._driver.join()
         if self._staging is not None:
             self._staging.close()
+
+
+def _add_counts(stats, level):
+    """Let what a group has moved count in the statistics of the engine whose ranks they are."""
+    counted = level.stats()
+    stats["shared_memory"]["read_bytes"] += counted["shared_memory"]["read_bytes"]
+    for place, link in counted["links"].items():
+        own = stats["links"][level.parent[place]]
+        for name, count in link.items():
+            if isinstance(count, int):
+                own[name] += count
 
 
 def _serve(engine_ref, calls):

@@ -11,26 +11,30 @@ from pyfleet.errors import ConfigError, DTypeError
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)     # what engines can average
 
 
-def assign(parameters: Sequence[torch.Tensor], bucket_bytes: float) -> list[list[int]]:
+def assign(parameters: Sequence[torch.Tensor], bucket_bytes: float, apart: Sequence[bool] | None = None) -> list[list[int]]:
     """Cut the parameters, last one first, into buckets of one dtype and device each; return their indices.
+
+    Args:    apart: which of them have buckets of their own; None: none.
 
     A parameter belongs to the bucket in whose range of `bucket_bytes` its last byte falls. So a group of parameters
     none of which is larger than a bucket makes exactly ceil(bytes / bucket_bytes) buckets. Buckets come in the order
     in which a backward pass completes them: by their last parameter.
     """
-    groups: dict[tuple[torch.dtype, torch.device, int], list[int]] = {}
-    ends: dict[tuple[torch.dtype, torch.device], int] = {}
+    groups: dict[tuple[torch.dtype, torch.device, bool, int], list[int]] = {}
+    ends: dict[tuple[torch.dtype, torch.device, bool], int] = {}
     for i in reversed(range(len(parameters))):
         parameter = parameters[i]
-        kind = (parameter.dtype, parameter.device)
+        kind = (parameter.dtype, parameter.device, apart is not None and apart[i])
         ends[kind] = ends.get(kind, 0) + parameter.numel() * parameter.element_size()
         groups.setdefault((*kind, max(0, int(-(-ends[kind] // bucket_bytes)) - 1)), []).append(i)
     return sorted(groups.values(), key=min, reverse=True)
 
 
 def make_buckets(named: Iterable[tuple[str, torch.nn.Parameter]], bucket_size_mb: float,
-                 allocate: Callable[[int], Any]) -> list[Bucket]:
+                 allocate: Callable[[int], Any], is_dense: Callable[[str, torch.nn.Parameter], bool] | None = None) -> list[Bucket]:
     """Buckets of at most about `bucket_size_mb` MiB for the parameters that require a gradient.
+
+    Args:    is_dense: says of a name and its parameter whether it belongs into a bucket that is not to be compressed.
 
     Raises:  ConfigError on a size that is not > 0, DTypeError on a dtype that engines cannot average.
     """
@@ -41,8 +45,9 @@ def make_buckets(named: Iterable[tuple[str, torch.nn.Parameter]], bucket_size_mb
         if parameter.dtype not in DTYPES:
             raise DTypeError(f"parameter {name} is {parameter.dtype}; gradients can be averaged in "
                              + ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES))
-    plan = assign([parameter for _, parameter in named], bucket_size_mb * 2**20)
-    return [Bucket([named[i] for i in indices], allocate) for indices in plan]
+    apart = None if is_dense is None else [bool(is_dense(name, parameter)) for name, parameter in named]
+    plan = assign([parameter for _, parameter in named], bucket_size_mb * 2**20, apart)
+    return [Bucket([named[i] for i in indices], allocate, apart is not None and apart[indices[0]]) for indices in plan]
 
 
 class Bucket:
@@ -52,12 +57,14 @@ class Bucket:
         flat:    (values + parameters,), in memory from `allocate` on the CPU; `values`, then one flag per parameter.
         values:  the gradients one after the other, each row-major whatever the parameter's strides: strides may differ
                  between ranks, the order on the wire may not.
+        dense:   whether it is not to be compressed.
         flags:   1 where this rank had a gradient. Reduced with the values, at no extra message, they tell a parameter
                  that no rank used, whose .grad stays None as without a fleet, from one whose gradient is zero.
         views:   one view of `values` per parameter, in the parameter's shape.
     """
 
-    def __init__(self, named: Sequence[tuple[str, torch.nn.Parameter]], allocate: Callable[[int], Any]):
+    def __init__(self, named: Sequence[tuple[str, torch.nn.Parameter]], allocate: Callable[[int], Any], dense: bool = False):
+        self.dense = dense
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         first = self.parameters[0]

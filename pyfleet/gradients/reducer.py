@@ -23,10 +23,15 @@ class Reducer:
 
     def __init__(self, engine: Any, buffers: BufferBroadcast | None = None,
                  compressed: Mapping[Bucket, CompressedAllReduce] | None = None):
-        self._engine, self._buffers, self.compressed = engine, buffers, dict(compressed or {})
-        self._flags = torch.zeros(sum(len(bucket.parameters) for bucket in self.compressed), dtype=torch.uint8)
+        self._engine, self._buffers = engine, buffers
+        self.set_compressed(compressed or {})
         self._under_way: list[tuple[Bucket, Any]] = []
         self.weight = 1.0
+
+    def set_compressed(self, compressed: Mapping[Bucket, CompressedAllReduce]) -> None:
+        """From now on compress these buckets, in these ways; every rank the same, while nothing is under way."""
+        self.compressed = dict(compressed)
+        self._flags = torch.zeros(sum(len(bucket.parameters) for bucket in self.compressed), dtype=torch.uint8)
 
     def launch(self, bucket: Bucket) -> None:
         """Start the reduction of a bucket; its gradients must not be touched before `finish`."""

@@ -2,20 +2,24 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
 
 import numpy as np
 import torch
 
+from pyfleet.choice import AUTO, WITH_FEEDBACK, WITHOUT_FEEDBACK, decide
 from pyfleet.compressors import Compressor, parse_spec
 from pyfleet.engines import Engine, current
 from pyfleet.errors import ConfigError, DTypeError, ShapeError
-from pyfleet.gradients import BufferBroadcast, GradientHooks, Reducer, make_buckets
-from pyfleet.routes import CompressedAllReduce
+from pyfleet.gradients import Bucket, BufferBroadcast, GradientHooks, Reducer, make_buckets
+from pyfleet.routes import CompressedAllReduce, is_auto
 from pyfleet.strategies.base import Strategy
+
+log = logging.getLogger("pyfleet.compression")
 
 # The wrapper whose hooks a module has: a second one must not average the same gradients again.
 _wrappers: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref[DistributedDataParallel]] = \
@@ -34,9 +38,12 @@ class DistributedDataParallel(Strategy):
              of gradients, so that they are equal at every step's end and forward's start.
              compression: None, a specification such as "int8", "fp16", "topk(ratio=0.01)+fp16" or "powersgd(rank=4)", or
              a Compressor: how gradients travel; see pyfleet.compressors. "topk" and "random" pay while they keep less
-             than one element in world_size.
+             than one element in world_size. "auto": for each bucket none, bf16 or int8, by what the measured links and
+             codecs make quickest; within one host none. fleet.stats()["compression_choices"] and the log say which and why.
              error_feedback: send later what a lossy compression leaves out of a step. The residuals are this rank's
              and part of the training state: compression_state.
+             dense_below: tensors with fewer elements travel as they are: biases and norms are sensitive and weigh little.
+             Or a function of (name, parameter) that says which do.
              engine: who moves the bytes; None means the one of pyfleet.init().
     Raises:  ShapeError on every rank when models or settings differ, DTypeError on sparse or complex gradients,
              ConfigError, NotInitialized, and CommunicationError.
@@ -44,31 +51,46 @@ class DistributedDataParallel(Strategy):
 
     def __init__(self, model: torch.nn.Module, bucket_size_mb: float = 25.0, broadcast_buffers: bool = True,
                  compression: str | Compressor | None = None, *, error_feedback: bool = True,
-                 engine: Engine | None = None):
-        compressor = parse_spec(compression)
+                 dense_below: int | Callable[[str, torch.nn.Parameter], bool] = 0, engine: Engine | None = None):
+        self._auto = is_auto(compression)
+        compressor = parse_spec(None if self._auto else compression)
+        is_dense = _rule(dense_below)
         super().__init__(model, current() if engine is None else engine)
         for name, module in model.named_modules():
             if getattr(module, "sparse", False) and isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag):
                 raise DTypeError(f"{name} makes sparse gradients, and only dense ones can be averaged: "
                                  "build it with sparse=False")
         self._require_same_everywhere(f"bucket_size_mb={bucket_size_mb}, broadcast_buffers={broadcast_buffers}, "
-                                      f"compression={compressor.name}, error_feedback={error_feedback}")
+                                      f"compression={AUTO if self._auto else compressor.name}, error_feedback={error_feedback}",
+                                      is_dense)
         earlier = _wrappers.pop(model, None)
         if earlier is not None and earlier() is not None:
             earlier()._hooks.release()
         _wrappers[model] = weakref.ref(self)
 
-        self._buckets = make_buckets(model.named_parameters(), bucket_size_mb, self.engine.allocate)
+        self._buckets = make_buckets(model.named_parameters(), bucket_size_mb, self.engine.allocate,
+                                     is_dense if self._auto or compressor.kind != "none" else None)
         self._frozen = [name_and_parameter for name_and_parameter in model.named_parameters()
                         if not name_and_parameter[1].requires_grad]
-        self._compressed = {} if compressor.kind == "none" else {
-            bucket: CompressedAllReduce(self.engine, compressor.fresh(), bucket.values.numel(), "mean",
-                                        error_feedback=error_feedback, shapes=[view.shape for view in bucket.views])
-            for bucket in self._buckets}
+        self._error_feedback = error_feedback
+        specs = {bucket: self._choose(bucket) if self._auto else compressor.fresh() for bucket in self._buckets
+                 if not bucket.dense}
+        self._compressed = {bucket: self._way(bucket, spec) for bucket, spec in specs.items() if parse_spec(spec).kind != "none"}
         self._reducer = Reducer(self.engine, BufferBroadcast(model, self.engine) if broadcast_buffers else None,
                                 self._compressed)
         self._hooks = GradientHooks(self._buckets, self._reducer)
         self.synchronize()
+
+    def _choose(self, bucket: Bucket) -> str:
+        """The compression that "auto" stands for; told once, by rank 0."""
+        choice = decide(self.engine, bucket.values.numel(), WITH_FEEDBACK if self._error_feedback else WITHOUT_FEEDBACK)
+        if self.engine.rank == 0:
+            log.info("bucket %d of %d travels by %s", self._buckets.index(bucket) + 1, len(self._buckets), choice.reason)
+        return choice.compression
+
+    def _way(self, bucket: Bucket, compression: str | Compressor) -> CompressedAllReduce:
+        return CompressedAllReduce(self.engine, compression, bucket.values.numel(), "mean", error_feedback=self._error_feedback,
+                                   shapes=[view.shape for view in bucket.views])
 
     @staticmethod
     def builder(model: torch.nn.Module) -> Builder:
@@ -143,10 +165,18 @@ class DistributedDataParallel(Strategy):
     def load_compression_state(self, state: list[dict[str, Any]]) -> None:
         """Go on from compression_state of a rank with the same model and settings, perhaps in a group of another size.
 
-        Gradients are accounted for as long as every rank's state is loaded by some rank.
+        Gradients are accounted for as long as every rank's state is loaded by some rank. With compression="auto" buckets go
+        on with the compression of the state, whatever the links are now: what it has kept is of that.
 
         Raises:  ConfigError, ShapeError when it is of other buckets or another compression.
         """
+        if self._auto:
+            by_names = {tuple(bucket.names): bucket for bucket in self._buckets if not bucket.dense}
+            found = [by_names.get(tuple(entry.get("parameters", ()))) for entry in state]
+            if None not in found:
+                self._compressed = {bucket: self._way(bucket, entry["compression"])
+                                    for bucket, entry in zip(found, state, strict=True)}
+                self._reducer.set_compressed(self._compressed)
         if [entry.get("parameters") for entry in state] != [bucket.names for bucket in self._compressed]:
             raise ConfigError("this is a compression state of other buckets: of another model or bucket_size_mb, or of a "
                               "model without compression")
@@ -160,9 +190,10 @@ class DistributedDataParallel(Strategy):
                 if tensor.numel():
                     self.engine.broadcast(tensor.detach(), 0)
 
-    def _require_same_everywhere(self, settings: str) -> None:
+    def _require_same_everywhere(self, settings: str, is_dense: Callable[[str, torch.nn.Parameter], bool]) -> None:
         facts = [settings] + [
             f"{kind} {name} {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" + trained
+            + (" (dense)" if kind == "parameter" and is_dense(name, tensor) else "")
             for kind, tensors in (("parameter", self.module.named_parameters()),
                                   ("buffer", self.module.named_buffers()))
             for name, tensor in tensors
@@ -184,6 +215,15 @@ class DistributedDataParallel(Strategy):
         self.engine.all_reduce(lowest, "min")
         self.engine.all_reduce(highest, "max")
         return lowest.tolist(), highest.tolist()
+
+
+def _rule(dense_below: int | Callable[[str, torch.nn.Parameter], bool]) -> Callable[[str, torch.nn.Parameter], bool]:
+    """Which parameters are not to be compressed."""
+    if callable(dense_below):
+        return dense_below
+    if isinstance(dense_below, bool) or not isinstance(dense_below, int) or dense_below < 0:
+        raise ConfigError(f"dense_below must be a number of elements >= 0 or a function of (name, parameter), got {dense_below!r}")
+    return lambda name, parameter: parameter.numel() < dense_below
 
 
 DDP = DistributedDataParallel
@@ -209,6 +249,10 @@ class Builder:
 
     def error_feedback(self, yes: bool = True) -> Self:
         self._settings["error_feedback"] = yes
+        return self
+
+    def dense_below(self, rule: int | Callable[[str, torch.nn.Parameter], bool]) -> Self:
+        self._settings["dense_below"] = rule
         return self
 
     def engine(self, engine: Engine) -> Self:

@@ -19,7 +19,6 @@ FLOORS = {
                        "profile"]),
     "P1": ("pyfleet", ["arrays", "flat", "contact", "devices/", "identity/", "discovery/", "rendezvous/",
                        "compressors/", "exporters/"]),
-    "P2": ("pyfleet", ["connections", "wiring", "compression", "routes", "calls", "staging", "membership/", "gradients/",
                        "data/", "engines/"]),
     "P3": ("pyfleet", ["sampling", "fleet", "collectives", "context", "strategies/", "estimators/"]),
     "P4": ("pyfleet", ["checkpoint", "testing", "trainer", "integrations/", "benchmarks/"]),

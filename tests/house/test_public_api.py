@@ -36,7 +36,7 @@ SIGNATURES = {
     "empty": "shape, dtype=None, *, like='torch'", "zeros": "shape, dtype=None, *, like='torch'",
     "from_numpy": "x", "register": "x",
     "DistributedDataParallel": "model, bucket_size_mb=25.0, broadcast_buffers=True, compression=None, *, "
-                               "error_feedback=True, engine=None",
+                               "error_feedback=True, dense_below=0, engine=None",
     "Trainer": "model, dataset, training_config=None, cluster_config=None, loss_fn=None, optimizer=None, eval_dataset=None, "
                "callbacks=(), *, engine=None",
     "balance_workload": "task_costs, world_size",

@@ -17,6 +17,7 @@ DEFAULTS = {
         "error_feedback": True, "accumulation_steps": 1, "clip_norm": None, "amp": False, "loss_scale": None,
         "checkpoint_every": 0, "checkpoint_dir": "checkpoints", "resume": "auto", "eval_steps": None, "seed": 42,
         "device": "auto", "strategy": "data_parallel", "sync_every": 1, "bucket_size_mb": 25.0, "progress": True,
+        "dense_below": 0,
     },
     ClusterConfig: {
         "role": NodeRole.AUTO, "master_addr": None, "master_port": 50051, "tensor_port": 50052, "gradient_port": 52416,
@@ -36,7 +37,7 @@ OTHERS = {
     "checkpoint_dir": ("runs/a", "runs/a", "runs/a"), "resume": ("never", "never", "never"),
     "eval_steps": ("200", 200, 200), "seed": ("0", 0, 0), "device": ("cuda:1", "cuda:1", "cuda:1"),
     "strategy": ("local_sgd", "local_sgd", "local_sgd"), "sync_every": ("8", 8, 8),
-    "bucket_size_mb": ("0.5", 0.5, 0.5), "progress": ("no", False, False),
+    "dense_below": ("64", 64, 64), "bucket_size_mb": ("0.5", 0.5, 0.5), "progress": ("no", False, False),
     "role": ("Master", "master", NodeRole.MASTER), "master_addr": ("10.0.0.1", "10.0.0.1", "10.0.0.1"),
     "master_port": ("1", 1, 1), "tensor_port": ("2", 2, 2), "gradient_port": ("65535", 65535, 65535),
     "discovery_port": ("0", 0, 0), "discovery_enabled": ("0", False, False),

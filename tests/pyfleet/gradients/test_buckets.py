@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from pyfleet.errors import ConfigError, DTypeError
 from pyfleet.gradients import Bucket, assign, make_buckets
@@ -129,3 +130,11 @@ def test_a_sparse_gradient_is_refused_by_name():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(DTypeError, match="the gradient of table is sparse"):
         bucket.adopt(0)
+
+
+def test_what_is_to_stay_dense_has_buckets_of_its_own():
+    model = nn.Sequential(nn.Linear(40, 50), nn.LayerNorm(50), nn.Linear(50, 3))
+    buckets = make_buckets(model.named_parameters(), 1.0, bytearray, lambda name, parameter: parameter.ndim < 2)
+    assert {tuple(bucket.names): bucket.dense for bucket in buckets} == {
+        ("2.weight", "0.weight"): False, ("2.bias", "1.bias", "1.weight", "0.bias"): True}
+    assert [bucket.dense for bucket in make_buckets(model.named_parameters(), 1.0, bytearray)] == [False]

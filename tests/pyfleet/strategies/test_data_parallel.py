@@ -450,6 +450,12 @@ def test_sample_counts_last_until_changed_or_the_block_ends(thread_ranks):
     assert thread_ranks(2, rank) == [[1, 0.5, 2, 0.5, 1]] * 2
 
 
+@pytest.mark.parametrize("wrong", [-1, 0.5, True, "biases"])
+def test_dense_below_is_a_number_of_elements_or_a_rule(wrong):
+    with pytest.raises(ConfigError, match="dense_below must be a number of elements >= 0 or a function"):
+        DDP.builder(make_model()).dense_below(wrong).engine(object()).build()
+
+
 def test_compression_names_what_is_offered():
     with pytest.raises(ConfigError, match="unknown compression 'tpok'; did you mean topk"):
         DDP(make_model(), compression="tpok", engine=object())

@@ -1,0 +1,150 @@
+"""P2: compression="auto": how a bucket is best sent over the links that were measured, by codecs that were measured.
+
+    as it is        what the quickest algorithm takes for float32 (fleetcore.schedules.model)
+    compressed      an all-to-all and an all-gather of encodings, and what this takes a core besides: encode all, add up what
+                    comes for the own segment, encode that once more, decode all
+
+Only what passes between hosts counts: within a host nothing is compressed. Ranks decide alike because they decide from
+the same figures: links as the group measured them, codecs as the slowest rank measured them.
+"""
+from __future__ import annotations
+
+import functools
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fleetcore.schedules import model
+from pyfleet.compressors import parse_spec
+from pyfleet.compressors.feedback import ErrorFeedback
+
+AUTO = "auto"
+WITH_FEEDBACK = ("none", "bf16", "int8")
+WITHOUT_FEEDBACK = ("none", "bf16")     # int8 is off by up to 1/254 of a block's largest, and nothing would make up for it
+MIN_GAIN = 0.2              # of the dense time: predictions are not better than that, and float32 loses nothing
+PROBE_ELEMS = 1 << 20       # 4 MB: more than L2 holds, as buckets are, and coded in a millisecond
+PROBE_ROUNDS = 4            # the first one touches the memory
+
+
+class Codec(NamedTuple):
+    """What a codec costs one core, and what it leaves of float32."""
+
+    encode_s: float         # per element, with error feedback
+    add_s: float            # per element that is decoded and added
+    decode_s: float         # per element
+    share: float            # bytes of an encoding per byte of float32
+
+
+class Choice(NamedTuple):
+    """What to send a bucket by, and why."""
+
+    compression: str
+    seconds: dict[str, float]       # predicted, of every candidate
+    reason: str
+
+
+def choose(num_elems: int, links: model.Links | None, hosts: Sequence[int], codecs: Mapping[str, Codec],
+           candidates: Sequence[str] = WITH_FEEDBACK) -> Choice:
+    """The candidate that takes least for a bucket of float32; "none" while that saves less than MIN_GAIN. A pure function.
+
+    Args:    links: of all ranks; None when they are on one host.  hosts: the host of every rank.
+             candidates: "none" and names of codecs.
+    """
+    if links is None or len(set(hosts)) < 2 or not num_elems:
+        return Choice("none", {}, "no link between hosts was measured" if len(set(hosts)) > 1 else "all ranks are on one host")
+    of_host: dict[int, list[float]] = {}
+    for host, bandwidth in zip(hosts, links.bandwidths, strict=True):
+        of_host.setdefault(host, []).append(bandwidth)
+    num_hosts, num_owners = len(of_host), min(map(len, of_host.values()))
+    # Ranks were measured all at once, so that those of a host shared its link, as their segments do.
+    links = links._replace(bandwidths=tuple(min(each) for each in of_host.values()))
+    elems = -(-num_elems // num_owners)
+    seconds = {name: _dense_s(num_hosts, 4 * elems, links) if name == "none" else
+               _coded_s(num_hosts, elems, links, codecs[name]) for name in candidates}
+    best = min(seconds, key=seconds.__getitem__)
+    chosen = best if seconds[best] <= (1 - MIN_GAIN) * seconds["none"] else "none"
+    others = ", ".join(f"{name} {1e3 * value:.3g} ms" for name, value in seconds.items() if name != chosen)
+    where = f"{num_hosts} hosts, the slowest link {min(links.bandwidths) / 1e6:.4g} MB/s"
+    return Choice(chosen, seconds, f"{chosen} {1e3 * seconds[chosen]:.3g} ms, {others}: {4 * num_elems / 1e6:.3g} MB on {where}")
+
+
+def _dense_s(size: int, nbytes: int, links: model.Links) -> float:
+    return min(model.choose("all_reduce", size, nbytes, links).seconds.values())
+
+
+def _coded_s(size: int, elems: int, links: model.Links, codec: Codec) -> float:
+    nbytes = int(4 * elems * codec.share)
+    wire_s = sum(min(model.choose(verb, size, nbytes, links).seconds.values()) for verb in ("all_to_all", "all_gather"))
+    return wire_s + elems * (codec.encode_s + codec.add_s + codec.encode_s / size + codec.decode_s)
+
+
+@functools.cache
+def measure_codecs() -> dict[str, Codec]:
+    """What every candidate costs here, with nothing else on this core; measured once per process, in some 30 ms."""
+    return {name: _measured(name) for name in WITH_FEEDBACK if name != "none"}
+
+
+def _measured(name: str) -> Codec:
+    x = np.random.default_rng(0).standard_normal(PROBE_ELEMS, np.float32)
+    codec, total = ErrorFeedback(parse_spec(name), x.size), np.zeros_like(x)
+    data = np.zeros(codec.wire_bytes(x.size), np.uint8)
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: codec.encode(x, data), lambda: codec.decode_add(data, total), lambda: codec.decode(data, total))
+    taken: list[list[float]] = [[] for _ in calls]
+    for _ in range(PROBE_ROUNDS):
+        for call, seconds in zip(calls, taken, strict=True):
+            start = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start)
+    return Codec(*(min(seconds[1:]) / x.size for seconds in taken), data.size / x.nbytes)
+
+
+# ---- of an engine -------------------------------------------------------------------------------------------------------
+
+class _Known(NamedTuple):
+    """What an engine's choices rest on, and those made so far, by elements and candidates."""
+
+    links: model.Links | None
+    hosts: tuple[int, ...]
+    codecs: dict[str, Codec]
+    made: dict[tuple[int, tuple[str, ...]], Choice]
+
+
+_known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
+
+
+def decide(engine: Any, num_elems: int, candidates: tuple[str, ...] = WITH_FEEDBACK, *, timeout: float | None = None) -> Choice:
+    """What the engine's ranks send a bucket of so many elements by. All ranks ask, in the same order; they get the same.
+
+    The first time links and codecs are measured, where ranks are on several hosts: a fraction of a second.
+
+    Raises:  what the engine raises.
+    """
+    known = _known.get(engine)
+    if known is None:
+        known = _known[engine] = _learn(engine, timeout)
+    key = (num_elems, candidates)
+    if key not in known.made:
+        known.made[key] = choose(num_elems, known.links, known.hosts, known.codecs, candidates)
+    return known.made[key]
+
+
+def choices(engine: Any) -> list[dict[str, Any]]:
+    """What "auto" stood for on this engine: {"bytes", "compression", "predicted_s": by candidate, "reason"} of each size."""
+    known = _known.get(engine)
+    return [] if known is None else [
+        {"bytes": 4 * num_elems, "compression": choice.compression, "predicted_s": choice.seconds, "reason": choice.reason}
+        for (num_elems, _), choice in known.made.items()]
+
+
+def _learn(engine: Any, timeout: float | None) -> _Known:
+    links = engine.measure_links(timeout=timeout)
+    if links is None:
+        return _Known(None, tuple(engine.hosts), {}, {})
+    mine = measure_codecs()
+    worst = np.array(list(mine.values()))
+    engine.all_reduce(worst, "max", timeout=timeout)
+    return _Known(links, tuple(engine.hosts), {name: Codec(*row) for name, row in zip(mine, worst.tolist(), strict=True)}, {})
