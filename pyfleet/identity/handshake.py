@@ -55,6 +55,7 @@ class Kind(enum.IntEnum):
     STRIPE_1 = 5        # more connections for DATA
     STRIPE_2 = 6
     STRIPE_3 = 7
+    PROBE = 8           # measuring latency and bandwidth between nodes
 
 
 @dataclass(frozen=True)
