@@ -28,7 +28,7 @@ FASTEST = 1e12                  # bytes/s; what claims to be faster is nonsense
 SLOWEST_S = 1e6                 # what an edge counts that leads nowhere
 
 Rate = Annotated[float, msgspec.Meta(ge=0, le=FASTEST)]
-Medium = Annotated[str, msgspec.Meta(pattern=f"^({'|'.join(MEDIA)})$")]
+Medium = Annotated[str, msgspec.Meta(pattern=rf"\A({'|'.join(MEDIA)})\Z")]
 
 
 class Edge(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -122,11 +122,11 @@ class Topology:
         found = self._edges.get((min(a, b), max(a, b)))
         return found if found is None or a < b else found.turned()
 
-    def to_measure(self, peers: Collection[str]) -> list[list[tuple[str, str]]]:
+    def to_measure(self, peers: Iterable[str]) -> list[list[tuple[str, str]]]:
         """The rounds in which to probe what is not measured between these nodes; see rounds()."""
         return rounds(peers, self._edges)
 
-    def ring(self, peers: Collection[str], leader: str) -> tuple[str, ...]:
+    def ring(self, peers: Iterable[str], leader: str) -> tuple[str, ...]:
         """The order of these nodes in a ring, the leader first: no two on WiFi side by side where that can be helped;
         of those orders one whose slowest edge is the fastest, and of those the one with the least sum.
 
@@ -135,10 +135,10 @@ class Topology:
 
         Raises:  ValueError when the leader is not one of them.
         """
-        others = sorted(set(peers) - {leader})
-        if leader not in peers:
+        everyone = set(peers)
+        if leader not in everyone:
             raise ValueError(f"the leader {leader!r} is not one of the nodes")
-        order = [leader, *others]
+        order = [leader, *sorted(everyone - {leader})]
         if len(order) <= 3:
             return tuple(order)
         web = self._web(order)
@@ -415,7 +415,8 @@ def ordered(paths: Sequence[Path]) -> list[Path]:
     now. Addresses that this machine has itself come last. What is still equal stays in the order it came.
     """
     def medium(path):
-        return max(MEDIA.index(path.medium), MEDIA.index(path.edge.peer_medium) if path.edge else 0)
+        theirs = path.edge.peer_medium if path.edge and path.edge.peer_medium != UNKNOWN else path.medium
+        return max(MEDIA.index(path.medium), MEDIA.index(theirs))
     measured = sorted((path for path in paths if path.edge), key=lambda path: -path.edge.bytes_s)
     classes, top = {}, None
     for path in measured:
