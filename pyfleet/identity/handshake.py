@@ -55,7 +55,8 @@ class Kind(enum.IntEnum):
     STRIPE_1 = 5        # more connections for DATA
     STRIPE_2 = 6
     STRIPE_3 = 7
-    QUERY = 8           # a question to a node, from one that need not stay
+    PROBE = 8           # measuring latency and bandwidth between nodes
+    QUERY = 9           # a question to a node, from one that need not stay
 
 
 @dataclass(frozen=True)
