@@ -91,6 +91,7 @@ cdef class Group:
              hosts: per rank, the number of its host; None: all on one.
              two_level: ranks of one host share memory on every host that has several, and there are links besides.
              places: {rank: "host"} for messages.
+             links: model.Links that were measured already, the same on all ranks; None: measured when first of use.
     """
 
     cdef readonly int rank, size, epoch
@@ -123,7 +124,7 @@ cdef class Group:
             raise MemoryError()
 
     def __init__(self, int rank, int size, *, Domain domain=None, Executor executor=None, int epoch=0,
-                 double timeout=300.0, list hosts=None, bint two_level=False, dict places=None):
+                 double timeout=300.0, list hosts=None, bint two_level=False, dict places=None, links=None):
         if not 0 <= rank < size:
             raise ConfigError(f"rank {rank} is not in a group of {size}")
         if size > 1 and domain is None and executor is None:
@@ -138,6 +139,9 @@ cdef class Group:
         self.hosts, self.two_level = hosts or [0] * size, two_level
         if domain is not None and domain.size != self.hosts.count(self.hosts[rank]):
             raise ConfigError(f"the domain has {domain.size} ranks, the host {self.hosts.count(self.hosts[rank])}")
+        if links is not None and len(links.bandwidths) != size:
+            raise ConfigError(f"there are links of {len(links.bandwidths)} ranks for a group of {size}")
+        self.links = links
         self.chosen = {}
         self.born = forks
 

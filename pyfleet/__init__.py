@@ -15,6 +15,7 @@ _HOMES = {
     "pyfleet.fleet": (
         "Fleet", "init", "is_initialized", "is_leader", "local_rank", "rank", "shutdown", "world_size",
     ),
+    "pyfleet.autodiscovery": ("AutoDiscovery",),
     "pyfleet.collectives": (
         "Group", "all_gather", "all_gather_into", "all_gather_object", "all_reduce", "all_reduce_mean", "all_reduce_sum",
         "all_to_all", "barrier", "broadcast", "broadcast_object", "empty", "from_numpy", "gather", "irecv", "isend",

@@ -7,19 +7,21 @@ import copy
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from pyfleet import choice, engines, exporters, metrics, routes
 from pyfleet.config import ClusterConfig, load_config
+from pyfleet.contact import Contact
 from pyfleet.engines.fleet import FleetEngine
 from pyfleet.errors import ConfigError, FleetError, NotInitialized
 from pyfleet.identity import Namespace
-from pyfleet.members import Member
+from pyfleet.members import Member, Node, Seat, View
+from pyfleet.membership.joining import Membership, find, join
 from pyfleet.placement import Placement, placement
 from pyfleet.rendezvous import open_store
-from pyfleet.wiring import Deadline, Exchange, connect, host_id, make_arena, meet
+from pyfleet.wiring import Deadline, Exchange, connect, host_id, make_arena, meet, own_peer
 
 _lock = threading.Lock()
 _fleets: dict[engines.Engine, Fleet] = {}       # one, unless threads are ranks
@@ -28,9 +30,13 @@ _fleets: dict[engines.Engine, Fleet] = {}       # one, unless threads are ranks
 class Fleet:
     """The ranks that train together, as this rank sees them."""
 
-    def __init__(self, engine: engines.Engine, members: list[Member], cluster: ClusterConfig):
-        self.engine, self.members, self.cluster = engine, members, cluster
+    def __init__(self, engine: engines.Engine, members: list[Member], cluster: ClusterConfig,
+                 membership: Membership | None = None):
+        self.engine, self.members, self.cluster, self.membership = engine, members, cluster, membership
         self.exporters: list[exporters.Exporter] = []
+        self._nodes = _nodes(members)
+        self._view = membership.view if membership else View(fleet="", epoch=engine.epoch, seats=tuple(
+            Seat(peer=node.peer, incarnation=node.incarnation, joined=0, slots=node.slots) for node in self._nodes.values()))
 
     @property
     def rank(self) -> int:
@@ -58,14 +64,43 @@ class Fleet:
         return self.engine.epoch
 
     @property
-    def leader(self) -> int:
-        """The rank that leads: the longest-serving one, which is rank 0 while the view does not change."""
-        return 0
+    def view(self) -> View:
+        """Who is in, as it was agreed when these ranks met; of epoch 0 where no membership agreed, but a launcher said it."""
+        return self._view
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The machines of the ranks, in the order of their ranks. They print as peer ids."""
+        return list(self._nodes.values())
+
+    @property
+    def leader(self) -> Node:
+        """The machine that leads: the longest-serving one of the view; that of rank 0 where there is none. Prints as its
+        peer id."""
+        leader = self._view.seats[0] if self.membership is None else self._view.seat(self._view.leader)
+        return self._nodes[leader.peer]
 
     @property
     def is_leader(self) -> bool:
-        """Whether this rank leads."""
-        return self.rank == self.leader
+        """Whether this is the first rank of the leader's machine: one rank of the fleet, and rank 0 to begin with."""
+        return self.rank == self.view.first_rank(self.leader.peer)
+
+    def status(self) -> dict:
+        """Where the membership of this rank's machine stands now, as `pyfleet status --json` prints it; {} where a launcher
+        said who is in.
+
+        Raises:  FleetError when this machine's agent is gone.
+        """
+        return {} if self.membership is None else self.membership.contact.ask("status")
+
+    def close(self) -> None:
+        """Leave: peers that still wait for this rank get PeerLost, and its node says good-bye. Idempotent."""
+        for exporter in self.exporters:
+            exporter.close()
+        metrics.REGISTRY.detach(self.families)
+        self.engine.close()
+        if self.membership is not None:
+            self.membership.contact.close()
 
     def stats(self) -> dict:
         """Bytes and messages, per operation and per link, as counted at the socket: see Engine.stats. Under "compression"
@@ -95,10 +130,22 @@ class Fleet:
         return f"<Fleet rank {self.rank} of {self.world_size} on {hosts} host{'s' * (hosts > 1)}, epoch {self.epoch}>"
 
 
-def open_engine(place: Placement, cluster: ClusterConfig, timeout: float | None = None) -> tuple[FleetEngine, list[Member]]:
+def _nodes(members: list[Member]) -> dict[str, Node]:
+    """The machines of ranks, by peer id; one without a key goes by what tells it from others."""
+    found: dict[str, Node] = {}
+    for member in members:
+        peer = member.peer or f"host-{member.host or 'alone'}"
+        slots = found[peer].slots + 1 if peer in found else 1
+        found[peer] = Node(peer=peer, incarnation="", name=member.name, addresses=member.addresses, slots=slots)
+    return found
+
+
+def open_engine(place: Placement, cluster: ClusterConfig, timeout: float | None = None,
+                membership: Membership | None = None) -> tuple[FleetEngine, list[Member]]:
     """Meet the other ranks and build an engine, without putting it in force.
 
     Args:    timeout: seconds for the whole meeting; None is cluster.peer_timeout.
+             membership: where the ranks meet, when a view says who they are.
     Raises:  NotEnoughPeers, AuthFailed, ConfigError, PeerLost; never waits past the timeout.
     """
     deadline = Deadline(cluster.peer_timeout if timeout is None else timeout)
@@ -107,22 +154,24 @@ def open_engine(place: Placement, cluster: ClusterConfig, timeout: float | None 
     if place.world_size == 1:
         member = Member(0, "", "localhost", os.getpid())
         return FleetEngine(connect([member], 0, arena, cluster, deadline, lambda card: [card])), [member]
-    if place.rendezvous is None:
+    if place.rendezvous is None and membership is None:
         raise ConfigError(f"{place.world_size} ranks have nowhere to meet: set MASTER_ADDR (and MASTER_PORT) to an "
                           f"address of rank 0's machine, or PYFLEET_RENDEZVOUS")
-    store = open_store(place.rendezvous, place.rank, place.world_size, deadline.left())
+    store = (open_store(place.rendezvous, place.rank, place.world_size, deadline.left()) if membership is None else
+             membership.store(deadline.left()))
     try:
-        members = meet(store, place.rank, place.world_size, deadline)
+        members = meet(store, place.rank, place.world_size, deadline, own_peer(cluster))
         wired = connect(members, place.rank, arena, cluster, deadline,
-                        Exchange(store, place.rank, place.world_size, deadline), namespace=namespace)
+                        Exchange(store, place.rank, place.world_size, deadline), namespace=namespace,
+                        epoch=membership.view.epoch if membership else 0, measured=membership.links if membership else None)
     finally:
         store.close()
     return FleetEngine(wired), members
 
 
-def open_other(backend: str, place: Placement, cluster: ClusterConfig,
-               timeout: float | None = None) -> tuple[engines.Engine, list[Member]]:
-    """As open_engine, over an engine that finds the other ranks by itself: every kind but "fleet".
+def open_other(backend: str, place: Placement, cluster: ClusterConfig, timeout: float | None = None,
+               membership: Membership | None = None) -> tuple[engines.Engine, list[Member]]:
+    """As open_engine, over an engine that finds the other ranks by itself, where the placement says: every kind but "fleet".
 
     Raises:  as open_engine, and ConfigError when the backend cannot work here.
     """
@@ -162,6 +211,8 @@ def init(backend: str = "fleet", rank: int | None = None, world_size: int | None
              peers: "host:port" of every rank in rank order; the first is where they meet. No discovery then.
              namespace, psk_file: with whom, and the file that holds the secret shared with them; ranks on other hosts
              that can not prove that they know it are refused. They stand above the settings of the same names.
+             min_nodes: machines to find, this one included, when nothing says which ranks there are: they find each other
+             by the namespace's secret. None is min_peers + 1 where there is a secret (psk_file), else there is no looking.
              timeout: seconds to find everyone; None is peer_timeout (30 s).
              config: path of a YAML or JSON file, or a ClusterConfig.
     Raises:  NotEnoughPeers("found 1 of 3 ..."), AuthFailed, ConfigError, PeerLost; never hangs.
@@ -173,34 +224,53 @@ def init(backend: str = "fleet", rank: int | None = None, world_size: int | None
         joined = _joined()
         if joined is not None and (not per_thread or joined.engine.name == backend):
             return joined
-        if min_nodes is not None:
-            raise ConfigError("min_nodes needs discovery, which this release does not have yet")
         if timeout is not None and not timeout > 0:
             raise ConfigError(f"timeout must be positive, not {timeout}")
         cluster = config if isinstance(config, ClusterConfig) else load_config(config)[1]
-        cluster = _with_secrets(cluster, namespace, psk_file)
+        cluster = with_secrets(cluster, namespace, psk_file)
         place = placement(rank, world_size) if peers is None else _place_among(peers, rank, world_size)
+        deadline = Deadline(cluster.peer_timeout if timeout is None else timeout)
+        opener, membership = OPENERS.get(backend) or partial(open_other, backend), None
         wanted = exporters.wanted(cluster)
         try:
-            engine, members = OPENERS.get(backend, partial(open_other, backend))(place, cluster, timeout)
-        except FleetError as error:
-            metrics.FAILURES.inc(error=type(error).__name__)
+            place, membership = find(place, cluster, min_nodes, deadline)
+            engine, members = opener(place, cluster, max(deadline.left(), 1.0), membership)
+        except BaseException as error:
+            if isinstance(error, FleetError):
+                metrics.FAILURES.inc(error=type(error).__name__)
+            if membership is not None:
+                membership.contact.close()
             raise
-        fleet = enter(Fleet(engine, members, cluster))
-        if not per_thread or fleet.local_rank == 0:         # what threads count is the process's
-            fleet.exporters = exporters.open_all(wanted, metrics.REGISTRY, cluster, fleet.rank, fleet.local_rank)
-        return fleet
+        return enter(Fleet(engine, members, cluster, membership), wanted)
 
 
-def enter(fleet: Fleet) -> Fleet:
-    """Put a fleet in force; for the calling thread alone where threads are ranks."""
+def enter(fleet: Fleet, wanted: Sequence[type[exporters.Exporter]] = ()) -> Fleet:
+    """Put a fleet in force; for the calling thread alone where threads are ranks.
+
+    Args:    wanted: kinds of exporters to open for it.
+    """
     _fleets[fleet.engine] = fleet
     metrics.REGISTRY.attach(fleet.families)
-    engines.set_current(fleet.engine, thread=fleet.engine.name in engines.PER_THREAD)
+    per_thread = fleet.engine.name in engines.PER_THREAD
+    engines.set_current(fleet.engine, thread=per_thread)
+    if not per_thread or fleet.local_rank == 0:         # what threads count is the process's
+        fleet.exporters = exporters.open_all(wanted, metrics.REGISTRY, fleet.cluster, fleet.rank, fleet.local_rank)
     return fleet
 
 
-def _with_secrets(cluster, namespace, psk_file):
+def enter_by(contact: Contact, place: Placement, min_nodes: int, cluster: ClusterConfig, deadline: Deadline) -> Fleet:
+    """Put the fleet in force that the node behind a contact forms with others.
+
+    Raises:  as init().
+    """
+    with _lock:
+        wanted = exporters.wanted(cluster)
+        place, membership = join(contact, place, min_nodes, deadline)
+        engine, members = open_engine(place, cluster, max(deadline.left(), 1.0), membership)
+        return enter(Fleet(engine, members, cluster, membership), wanted)
+
+
+def with_secrets(cluster: ClusterConfig, namespace: str | None, psk_file: str | None) -> ClusterConfig:
     """The settings, with the arguments of init that say with whom."""
     cluster = copy.copy(cluster)
     if namespace is not None:
@@ -229,10 +299,7 @@ def shutdown() -> None:
     with _lock:
         fleet = _joined()
         if fleet is not None:
-            for exporter in fleet.exporters:
-                exporter.close()
-            metrics.REGISTRY.detach(fleet.families)
-            fleet.engine.close()
+            fleet.close()
             engines.set_current(None, thread=fleet.engine.name in engines.PER_THREAD)
             del _fleets[fleet.engine]
 

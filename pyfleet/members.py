@@ -16,6 +16,7 @@ class Member:
         host:       equal for ranks that can share memory (same kernel, same process and network namespaces).
         addresses:  where its links listen, best first; "" port 0 when it offers none.
         devices:    whether it may hold arrays elsewhere than in host memory.
+        peer:       the peer id of its node, "" where that has no key.
     """
 
     rank: int
@@ -26,6 +27,7 @@ class Member:
     port: int = 0
     protocol: int = PROTOCOL
     devices: bool = False
+    peer: str = ""
 
     def card(self) -> dict:
         """As plain values, for the store."""

@@ -232,6 +232,16 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def settings_environment(config_path: str | None, overrides: Iterable[str]) -> dict[str, str]:
+    """The variables that hand a file of settings, and overrides, to another process."""
+    values, overrides = {}, list(overrides)
+    if config_path is not None:
+        values[CONFIG_VARIABLE] = os.path.abspath(config_path)
+    if overrides:
+        values[OVERRIDES_VARIABLE] = json.dumps(overrides)
+    return values
+
+
 def launch_environment(
     place: Placement,
     *,
@@ -262,11 +272,7 @@ def launch_environment(
     }
     if place.rendezvous:
         values["PYFLEET_RENDEZVOUS"] = place.rendezvous
-    if config_path is not None:
-        values[CONFIG_VARIABLE] = os.path.abspath(config_path)
-    overrides = list(overrides)
-    if overrides:
-        values[OVERRIDES_VARIABLE] = json.dumps(overrides)
+    values |= settings_environment(config_path, overrides)
     unless_set = {"OMP_NUM_THREADS": max(1, num_cores() // place.local_world_size), "PYTHONUNBUFFERED": 1}
     values.update((name, value) for name, value in unless_set.items() if not environ.get(name))
     return {name: str(value) for name, value in values.items()}

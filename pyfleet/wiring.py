@@ -28,6 +28,7 @@ from fleetcore.transports.secure import RECORD_BYTES, SecureLink
 from fleetcore.transports.striped import StripedLink
 from fleetcore.transports.tcp import TcpLink
 
+from fleetcore.schedules.model import Links
 from pyfleet.config import ClusterConfig
 from pyfleet.connections import BACKLOG, Address, Credentials, Deadline, accept, dial
 from pyfleet.devices import any_present
@@ -74,12 +75,13 @@ def own_addresses(iface: str | None) -> list[str]:
     return [address for _, address in sorted(found)] or ["127.0.0.1"]
 
 
-def meet(store: Store, rank: int, size: int, deadline: Deadline) -> list[Member]:
+def meet(store: Store, rank: int, size: int, deadline: Deadline, peer: str = "") -> list[Member]:
     """Leave this rank's card in the store and read everyone's.
 
+    Args:    peer: the peer id of this rank's node, where it has one.
     Raises:  NotEnoughPeers("found k of n ...") at the deadline; FleetError for a rank with another protocol.
     """
-    card = Member(rank, host_id(), socket.gethostname(), os.getpid(), devices=any_present())
+    card = Member(rank, host_id(), socket.gethostname(), os.getpid(), devices=any_present(), peer=peer)
     store.set(f"card.{rank}", card.card())
     members, missing = [], []
     for other in range(size):
@@ -166,7 +168,7 @@ class Wired:
 
 def connect(members: list[Member], rank: int, arena: Arena, cluster: ClusterConfig, deadline: Deadline,
             exchange: Callable[[Any], list], *, namespace: Namespace | None = None, shared: dict | None = None,
-            number: int = 0, epoch: int = 0) -> Wired:
+            number: int = 0, epoch: int = 0, measured: Links | None = None) -> Wired:
     """Tie ranks into a group: shared memory within hosts, links between them, connections for messages.
 
     Args:    members, rank: the group's ranks in order, and the own place among them.
@@ -175,6 +177,7 @@ def connect(members: list[Member], rank: int, arena: Arena, cluster: ClusterConf
              shared: arenas that are mapped here already.
              number: of this group among those of the fleet, the same on all members.
              epoch: of the view that the group belongs to; frames and connections of another one are refused.
+             measured: the links between the hosts, as they were found before, the same on all members; None: not yet.
     Raises:  NotEnoughPeers, AuthFailed when a peer is no member, PeerLost, ConfigError; never waits past the deadline.
     """
     size = len(members)
@@ -232,7 +235,7 @@ def connect(members: list[Member], rank: int, arena: Arena, cluster: ClusterConf
     hosts = list(dict.fromkeys(member.host for member in members))
     group = Group(rank, size, domain=domain, executor=executor, timeout=cluster.timeout, epoch=epoch,
                   hosts=[hosts.index(member.host) for member in members],
-                  two_level=cluster.transport != "tcp" and 1 < len(hosts) < size,
+                  two_level=cluster.transport != "tcp" and 1 < len(hosts) < size, links=measured if len(hosts) > 1 else None,
                   places={place: member.name for place, member in enumerate(members)})
     pids = None
     if domain is not None and cluster.same_host != "staging":
@@ -402,6 +405,14 @@ def node_key(cluster: ClusterConfig, *, strict: bool) -> NodeKey:
         if strict:
             raise
         return NodeKey.generate()
+
+
+def own_peer(cluster: ClusterConfig) -> str:
+    """This node's peer id; "" where it has no key that can be read, for who needs none must not need to make one."""
+    try:
+        return NodeKey.load(home_folder(cluster.home)).peer_id
+    except (OSError, ConfigError):
+        return ""
 
 
 def _where(card, peer, cluster, near):

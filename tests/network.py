@@ -192,6 +192,24 @@ class Network:
         """Put a cut host back."""
         _command("ip", "-n", self.switch, "link", "set", f"p{host}", "up")
 
+    @contextlib.contextmanager
+    def partition(self, hosts: list[int]):
+        """While in this context, these hosts and the others hear nothing of each other, but each side all of its own."""
+        ports = ", ".join(f'"p{host}"' for host in hosts)
+        others = ", ".join(f'"p{host}"' for host in range(self.num_hosts) if host not in hosts)
+        _nft(self.switch, f"""
+            table bridge partition {{
+                chain passing {{
+                    type filter hook forward priority 0
+                    iifname {{ {ports} }} oifname {{ {others} }} drop
+                    iifname {{ {others} }} oifname {{ {ports} }} drop
+                }}
+            }}""")
+        try:
+            yield
+        finally:
+            _nft(self.switch, "delete table bridge partition")
+
     def traffic(self, host: int) -> tuple[int, int]:
         """Bytes that the host has sent to and received from the network, headers included, as its eth0 counts them."""
         counters = inside(self.namespace(host), Path("/proc/thread-self/net/dev").read_text)

@@ -12,6 +12,7 @@ from pyfleet.config import nearest
 
 COMMANDS = {
     "launch": "pyfleet.commands.launch:main",
+    "status": "pyfleet.commands.status:main",
     "info": "pyfleet.commands.info:main",
     "discover": "pyfleet.commands.discover:main",
     "benchmark": "pyfleet.commands.benchmark:main",

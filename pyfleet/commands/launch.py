@@ -15,10 +15,19 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from pyfleet.commands.base import Parser, Refused, refuse
-from pyfleet.config import CONFIG_VARIABLE, ClusterConfig, ambient_overrides, environment, load_config, read_file
-from pyfleet.errors import ConfigError
+from pyfleet.config import (
+    CONFIG_VARIABLE,
+    ClusterConfig,
+    ambient_overrides,
+    environment,
+    host_and_port,
+    load_config,
+    read_file,
+)
+from pyfleet.errors import ConfigError, FleetError
 from pyfleet.hosts import Host, parse_hosts, read_hostfile
-from pyfleet.launchers.base import GRACE_S, Job
+from pyfleet.launchers.base import GRACE_S, Job, Launcher
+from pyfleet.launchers.join import JoinLauncher
 from pyfleet.launchers.local import LocalLauncher
 from pyfleet.launchers.ssh import Reach, SshLauncher
 from pyfleet.placement import num_cores
@@ -35,12 +44,15 @@ KEPT_HERE = {"PYFLEET_CONFIG", "PYFLEET_OVERRIDES", "PYFLEET_PSK", "PYFLEET_PSK_
 def main(argv: list[str] | None = None, prog: str = "pyfleet-launch") -> int:
     """The `pyfleet-launch` command: run the ranks and return the exit code."""
     try:
-        job, hosts, reach = _job(sys.argv[1:] if argv is None else argv, prog)
-        return (SshLauncher(hosts, reach) if hosts else LocalLauncher()).run(job)
+        job, launcher = _job(sys.argv[1:] if argv is None else argv, prog)
+        return launcher.run(job)
     except (Refused, ConfigError) as error:
         return refuse(prog, error)
     except (OSError, subprocess.SubprocessError) as error:
         print(f"{prog}: cannot start the ranks: {error}", file=sys.stderr)
+        return 1
+    except FleetError as error:     # nobody to join, for example
+        print(f"{prog}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:       # before the launcher listens
         return 130
@@ -63,6 +75,17 @@ def _parser(prog: str) -> Parser:
         f"them (default: {GRACE_S:g})")
     add("--master-port", metavar="PORT", help="the ranks' MASTER_PORT (default: a free one)")
     add("--standalone", action="store_true", help="accepted for torchrun's sake: ranks on one machine always are")
+    add("--join", action="store_true", help="join the machines on which the same command is given: they find each other on the "
+        "network, by the secret that they share (see pyfleet keys)")
+    add("--min-nodes", metavar="N", help="with --join: machines to wait for, this one included (default: cluster.min_peers + 1)")
+    add("--peer", metavar="HOST[:PORT]", action="append", default=[], help="with --join: a machine to ask, where the network "
+        "lets no multicast through; may be repeated")
+    add("--namespace", metavar="NAME", help="with whom: cluster.namespace")
+    add("--psk-file", metavar="FILE", help="the file that holds the secret: cluster.psk_file")
+    add("--role", choices=("auto", "master", "worker"), help="with --join: the master is found at --port by workers that are "
+        "given its address as --master; auto needs neither")
+    add("--master", metavar="ADDRESS", help="with --role worker: host[:port] of the master")
+    add("--port", metavar="PORT", help="with --role master: where it listens for workers (default: 50051)")
     add("--env", "-x", metavar="NAME[=VALUE]", action="append", default=[], help="a variable for every rank, from here "
         "unless a value is given; may be repeated")
     add("--hosts", metavar="HOSTS", help="machines to start ranks on, over ssh: [user@]host[:slots],...; --nproc is the "
@@ -76,8 +99,8 @@ def _parser(prog: str) -> Parser:
     return parser
 
 
-def _job(argv: list[str], prog: str) -> tuple[Job, list[Host], Reach | None]:
-    """The job that the command line describes, and where it is to run, no host meaning here.
+def _job(argv: list[str], prog: str) -> tuple[Job, Launcher]:
+    """The job that the command line describes, and who is to run it.
 
     Raises:  Refused or ConfigError when it describes none.
     """
@@ -91,12 +114,42 @@ def _job(argv: list[str], prog: str) -> tuple[Job, list[Host], Reach | None]:
         raise Refused("nothing to run: name a script, or a module after -m")
     hosts = _hosts(options)
     command = _command(script, options.module, options.no_python, check=options.workdir is None)
-    cluster = load_config(options.config, options.override)[1]
+    overrides = [*options.override, *_membership(options)]
+    cluster = load_config(options.config, overrides)[1]
     job = Job(command, num_ranks, grace_s, port, options.log_dir, not options.no_prefix, options.config,
-              (*ambient_overrides(), *options.override), environment=_chosen_variables(options.env))
-    if not hosts:
-        return job, [], None
-    return _without_secrets(job), hosts, _reach(options, cluster, dict(job.environment), len(hosts))
+              (*ambient_overrides(), *overrides), environment=_chosen_variables(options.env))
+    if options.join or options.role:
+        if hosts:
+            raise Refused("--join finds the machines by itself: leave out --hosts and --hostfile, or --join")
+        min_nodes = options.min_nodes and _number(options.min_nodes, "--min-nodes", "a number >= 1", int, 1, 1 << 16)
+        return job, JoinLauncher(LocalLauncher(), min_nodes or cluster.min_peers + 1, cluster.peer_timeout)
+    if hosts:
+        return _without_secrets(job), SshLauncher(hosts, _reach(options, cluster, dict(job.environment), len(hosts)))
+    return job, LocalLauncher()
+
+
+def _membership(options: object) -> list[str]:
+    """What the command line says of whom to join, as settings."""
+    for name in ("min_nodes", "peer"):
+        if getattr(options, name) and not (options.join or options.role):
+            raise Refused(f"--{name.replace('_', '-')} needs --join")
+    if options.master and options.role != "worker":
+        raise Refused("--master needs --role worker")
+    if options.port and options.role != "master":
+        raise Refused("--port needs --role master; workers say --master HOST:PORT")
+    if options.role == "worker" and not options.master:
+        raise Refused("--role worker needs --master HOST[:PORT]; without an address, say --join")
+    said = [f"cluster.{name}={value}" for name, value in (("namespace", options.namespace), ("psk_file", options.psk_file),
+            ("role", options.role), ("static_peers", ",".join(options.peer))) if value]
+    if options.port:
+        said.append(f"cluster.master_port={_number(options.port, '--port', 'a port from 1 to 65535', int, 1, 65535)}")
+    if options.master:
+        try:
+            host, port = host_and_port(options.master, 0)
+        except ValueError:
+            raise Refused(f"--master must be HOST or HOST:PORT, got {options.master!r}") from None
+        said += [f"cluster.master_addr={host}"] + [f"cluster.master_port={port}"] * bool(port)
+    return said
 
 
 def _hosts(options: object) -> list[Host]:

@@ -471,6 +471,9 @@ def find_store(place: Placement, limit: Deadline) -> tuple[int, int, Any]:
         scheme, _, where = place.rendezvous.partition("://")
         if scheme == "file":
             return place.rank, place.world_size, _file_store(where, place)      # one file per engine
+        if scheme == "agent":                       # a store of pyfleet's own; torch needs one that it can listen at
+            host = f"[{place.master_addr}]" if ":" in place.master_addr else place.master_addr
+            scheme, where = "tcp", f"{host}:{place.master_port}"
         _stores[place.rendezvous] = _tcp_store(scheme, where, place, limit)
     return place.rank, place.world_size, _stores[place.rendezvous]
 

@@ -213,6 +213,11 @@ class Initiator(_Party):
         self.hello = _hello(self._secret, purpose, offers, bindings.crypto_scalarmult_base(self._ephemeral))
         self._hash(self.hello)
 
+    @property
+    def peer(self) -> bytes | None:
+        """The public key that the responder has proved to hold, known before the own proof is sent; None until then."""
+        return self._next.peer if self._next is not None else None
+
     def _take(self, message: bytes) -> bytes:
         if self._next is not None:
             if self._awaits != WELCOME_BYTES:

@@ -2,6 +2,7 @@
 from pyfleet.launchers.base import Job, Launcher
 
 LAUNCHERS = {
+    "join": "pyfleet.launchers.join:JoinLauncher",
     "local": "pyfleet.launchers.local:LocalLauncher",
     "ssh": "pyfleet.launchers.ssh:SshLauncher",
 }

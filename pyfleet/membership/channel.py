@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from nacl import bindings, exceptions
 
 from pyfleet.errors import AuthFailed, ConfigError, NotEnoughPeers
-from pyfleet.identity import Initiator, Namespace, NodeKey, Purpose, Responder, Session, Throttle, ciphers
+from pyfleet.identity import Initiator, Namespace, NodeKey, Purpose, Responder, Session, Throttle, ciphers, peer_id
 from pyfleet.identity.handshake import Kind
 from pyfleet.membership.messages import LARGEST_BYTES, Message, decode, encode
 
@@ -143,10 +143,12 @@ def _nonce(number: int) -> bytes:
 
 
 async def dial(own: Self, host: str, port: int, *, kind: int = Kind.MEMBER, expects: bytes | None = None,
-               patience_s: float = 5.0) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, Session]:
+               patience_s: float = 5.0, wants: Callable[[str], str | None] = lambda peer: None,
+               ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, Session]:
     """Connect to a node and prove to each other who we are.
 
     Args:    expects: the public key the node must have; None takes any node of the namespace.
+             wants: asked with the peer id of who has proved itself, before we prove ourselves: why not, or None.
     Raises:  AuthFailed, NotEnoughPeers naming the address and what is wrong.
     """
     where = f"{host}:{port}" if ":" not in host else f"[{host}]:{port}"
@@ -161,7 +163,10 @@ async def dial(own: Self, host: str, port: int, *, kind: int = Kind.MEMBER, expe
                 data = await reader.read(initiator.wants)
                 if not data:
                     raise AuthFailed("it hung up in the handshake: its PSK, namespace or version is another")
-                writer.write(initiator.receive(data))
+                reply = initiator.receive(data)
+                if initiator.session is None and initiator.peer and (problem := wants(peer_id(initiator.peer))):
+                    raise NotEnoughPeers(f"{where}: {problem}")
+                writer.write(reply)
         return reader, writer, initiator.session
     except BaseException as error:
         if writer is not None:

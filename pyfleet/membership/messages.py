@@ -165,6 +165,12 @@ class Got(Message, tag="got"):
     value: bytes
 
 
+class Told(Message, tag="told"):
+    """The status of the sender, as msgpack: the answer to a connection of kind QUERY."""
+
+    status: bytes
+
+
 # ---- measuring the way to a neighbour ------------------------------------------------------------------------------------
 
 class Report(Message, tag="report"):
@@ -174,7 +180,7 @@ class Report(Message, tag="report"):
 
 
 ANY = (Hello | Known | Ping | Pong | Bye | Status | Found | Consent | Join | Prepare | Promise | Accept | Accepted | Refused
-       | Decided | Put | Get | Got | Report)
+       | Decided | Put | Get | Got | Told | Report)
 _decoder = msgspec.msgpack.Decoder(ANY)
 _encoder = msgspec.msgpack.Encoder()
 

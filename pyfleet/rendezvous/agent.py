@@ -26,11 +26,17 @@ class AgentStore(ViewStore):
     """/path/of/the/agent's/socket#fleet.epoch"""
 
     def __init__(self, place: str, rank: int, size: int, timeout: float):
-        path, _, view = place.rpartition("#")
-        fleet, _, epoch = view.rpartition(".")
-        if not path or not fleet or not epoch.isdigit():
-            raise ConfigError(f"rendezvous address {place!r} is not SOCKET#FLEET.EPOCH")
-        super().__init__(SocketContact(path), fleet, int(epoch), timeout)
+        path, fleet, epoch = parse(place)
+        super().__init__(SocketContact(path), fleet, epoch, timeout)
+
+
+def parse(place: str) -> tuple[str, str, int]:
+    """(socket, fleet, epoch) of SOCKET#FLEET.EPOCH. Raises: ConfigError."""
+    path, _, view = place.rpartition("#")
+    fleet, _, epoch = view.rpartition(".")
+    if not path or not fleet or not epoch.isdigit():
+        raise ConfigError(f"rendezvous address {place!r} is not SOCKET#FLEET.EPOCH")
+    return path, fleet, int(epoch)
 
 
 def url_of(path: str, fleet: str, epoch: int) -> str:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 SIGNATURES = {
     "init": "backend='fleet', rank=None, world_size=None, peers=None, namespace=None, psk_file=None, min_nodes=None, "
             "timeout=None, config=None",
+    "AutoDiscovery": "namespace=None, psk_file=None, config=None",
     "shutdown": "", "rank": "", "world_size": "", "local_rank": "", "is_leader": "", "is_initialized": "",
     "all_reduce": "x, op=<ReduceOp.SUM: 0>, *, group=None, async_op=False, algorithm='auto', compression=None, timeout=None",
     "all_reduce_sum": "x", "all_reduce_mean": "x", "ring_all_reduce": "x",

@@ -53,7 +53,8 @@ def test_alone_is_a_fleet_of_one():
     code = """
 import numpy as np, pyfleet
 f = pyfleet.init()
-assert f is pyfleet.init() and (f.rank, f.world_size, f.local_rank, f.is_leader, f.leader) == (0, 1, 0, True, 0)
+assert f is pyfleet.init() and (f.rank, f.world_size, f.local_rank, f.is_leader) == (0, 1, 0, True)
+assert [str(node) for node in f.nodes] == [str(f.leader)] == list(f.view.peers) and f.epoch == 0 and f.status() == {}
 x = np.ones(3); pyfleet.all_reduce(x, "mean"); pyfleet.broadcast(x); pyfleet.barrier()
 assert x.tolist() == [1, 1, 1] and pyfleet.is_initialized()
 pyfleet.shutdown(); pyfleet.shutdown()
@@ -122,7 +123,8 @@ def test_a_place_that_cannot_work_is_refused(place, cluster, match):
     ("backend='mock', rank=2, world_size=2", "rank is 2, which is not below"),
     ("backend='gloo', peers=['a:1', 'b'], rank=0", "'b' is not host:port"),
     ("timeout=0", "timeout must be positive"),
-    ("min_nodes=2", "min_nodes needs discovery"),
+    ("min_nodes=2", "need a secret"), ("min_nodes=0", "min_nodes must be an integer >= 1, not 0"),
+    ("rank=0, world_size=1, min_nodes=2", "arguments has said which ranks"),
     ("psk_file='/no/such/psk'", "cannot read the PSK file /no/such/psk"),
     ("namespace=''", "cluster.namespace must be a non-empty string"),
     ("config='/no/such.yaml'", "no/such.yaml"),

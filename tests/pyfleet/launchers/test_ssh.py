@@ -124,7 +124,7 @@ def test_training_over_ssh_from_a_hostfile(lab, tmp_path):
     (tmp_path / "machines").write_text(f"# two of them\n{lab.address(1)} slots=1\n{lab.address(2)}:1\n")
     job = lab._launch("import runpy; sys.argv[1:] = ['--epochs', '3']; runpy.run_module('pyfleet.examples.digits', run_name='__main__')",
                       "--hostfile", "machines", "--ssh-command", f"ssh -F {lab.folder}/ssh_config",
-                      *"-x PYTHONPATH -x LAUNCHED_BY -x TMPDIR".split(),
+                      "-x", "PYTHONPATH", "-x", "LAUNCHED_BY", "-x", "TMPDIR",
                       prefix=["nsenter", f"--net={lab.network.namespace(0)}", "--"])
     code, out = job.finish()
     assert code == 0, job.stderr

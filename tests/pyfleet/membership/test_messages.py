@@ -20,7 +20,7 @@ EXAMPLES = [
     messages.Accept((1, "peer1"), VIEW), messages.Accepted(VIEW.fleet, 5, (1, "peer1")),
     messages.Refused(VIEW.fleet, 5, (2, "peer2")), messages.Decided(VIEW), messages.Put(VIEW.fleet, 5, "card.1", b"\0\xff"),
     messages.Get(VIEW.fleet, 5, "card.1"), messages.Got(VIEW.fleet, 5, "card.1", b""),
-    messages.Report({"peer1": {"latency_s": 1e-4}}),
+    messages.Told(b"x"), messages.Report({"peer1": {"latency_s": 1e-4}}),
 ]
 
 

@@ -1,0 +1,95 @@
+"""Machines that share a secret become one fleet by themselves, and stay one: real processes, sockets and multicast."""
+import time
+
+import pytest
+
+from tests.agents import Agents, agree, members, wait_for
+from tests.network import Network, unavailable
+
+pytestmark = pytest.mark.skipif(bool(unavailable()), reason=str(unavailable()))
+
+FORM_S, JOIN_S, LEAVE_S, KILL_S, CUT_S = 15, 9, 3, 6, 12
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    """fleet(n): n nodes on as many hosts that have formed a fleet."""
+    with Network(8, None) as network, Agents(tmp_path, network) as agents:
+        def form(count, **options):
+            nodes = [agents.start(host, **options) for host in range(count)]
+            wait_for(lambda: agree(nodes), FORM_S, f"a fleet of {count}", agents)
+            return nodes
+        form.network, form.agents = network, agents
+        yield form
+
+
+@pytest.mark.feature("P2", "P15", "M7")
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_nodes_started_together_agree_on_one_view_and_one_leader(tmp_path, count):
+    with Network(count, None) as network, Agents(tmp_path, network) as agents:
+        nodes = []
+        for host in range(count):
+            nodes.append(agents.start(host))
+            time.sleep(2 / count)               # they are switched on one after the other
+        took = wait_for(lambda: agree(nodes), FORM_S, f"a fleet of {count}", agents)
+        print(f"{count} nodes agreed {took:.2f} s after the last start")
+        wait_for(lambda: sum(node.status()["is_leading"] for node in nodes) == 1, 1, "one leader")
+
+
+@pytest.mark.feature("P2", "P20", "M6")
+def test_who_comes_later_is_let_in_and_who_goes_is_missed(fleet):
+    nodes = fleet(3)
+    epoch = agree(nodes)["epoch"]
+    late = fleet.agents.start(3)
+    print("joined", wait_for(lambda: agree([*nodes, late]), JOIN_S, "a late node is in", fleet.agents))
+    assert agree(nodes + [late])["epoch"] > epoch
+    late.leave()
+    print("left", wait_for(lambda: agree(nodes), LEAVE_S, "the leaver is out", fleet.agents))
+    nodes[2].kill()
+    print("killed", wait_for(lambda: agree(nodes[:2]), KILL_S, "the killed one is out", fleet.agents))
+
+
+@pytest.mark.feature("P20")
+def test_who_is_cut_off_is_out_and_comes_back_by_itself(fleet):
+    nodes = fleet(3)
+    fleet.network.cut(2)
+    print("cut", wait_for(lambda: agree(nodes[:2]), CUT_S, "the one cut off is out", fleet.agents))
+    wait_for(lambda: "waiting for a majority" in nodes[2].status()["state"], CUT_S, "it knows that it is cut off")
+    assert not nodes[2].status()["is_leading"] and not nodes[2].status()["has_quorum"]
+    fleet.network.restore(2)
+    print("back", wait_for(lambda: agree(nodes), JOIN_S + CUT_S, "it is back", fleet.agents))
+
+
+@pytest.mark.feature("P18", "P19")
+def test_a_killed_leader_has_a_successor(fleet):
+    nodes = fleet(4)
+    took = []
+    for _ in range(3):
+        leader = next(node for node in nodes if node.status()["is_leading"])
+        nodes.remove(leader)
+        leader.kill()
+        took.append(wait_for(lambda: agree(nodes), KILL_S, "a new leader", fleet.agents))
+        nodes.append(fleet.agents.start(leader.host, leader.name))
+        wait_for(lambda: agree(nodes), JOIN_S + 1, "the old one is back", fleet.agents)
+    print("a new leader after", took)
+
+
+@pytest.mark.parametrize("minority", [(2, 3), (3,)], ids=["2|2", "3|1"])
+@pytest.mark.feature("P19")
+def test_a_partition_has_one_leader_and_heals(fleet, minority):
+    """Who is the leader is on the side that may go on, when the sides are equal."""
+    nodes = fleet(4)
+    leader = next(node for node in nodes if node.status()["is_leading"])
+    away = [node for node in nodes if node is not leader][:len(minority)]
+    rest = [node for node in nodes if node not in away]
+    before = agree(nodes)
+    with fleet.network.partition([node.host for node in away]):
+        epochs = wait_for(lambda: agree(rest), CUT_S, "the others go on", fleet.agents)
+        print("went on after", epochs)
+        until = time.monotonic() + 3
+        while time.monotonic() < until:
+            assert not any(node.status()["is_leading"] for node in away)
+            assert all(node.status()["epoch"] == before["epoch"] for node in away)
+            time.sleep(0.1)
+    wait_for(lambda: agree(nodes), JOIN_S + CUT_S, "all are together again", fleet.agents)
+    assert agree(nodes)["leader"] == agree(rest + away)["leader"] and len(members(agree(nodes))) == 4
