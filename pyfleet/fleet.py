@@ -93,6 +93,15 @@ class Fleet:
         """
         return {} if self.membership is None else self.membership.contact.ask("status")
 
+    @property
+    def topology(self) -> dict:
+        """What the machines can do, what was measured between them, and the ring they form: {"nodes", "links", "ring"}, as the
+        membership of this rank's machine knows it now; {} where a launcher said who is in.
+
+        Raises:  FleetError when this machine's agent is gone.
+        """
+        return self.status().get("topology", {})
+
     def close(self) -> None:
         """Leave: peers that still wait for this rank get PeerLost, and its node says good-bye. Idempotent."""
         for exporter in self.exporters:

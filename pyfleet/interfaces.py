@@ -87,6 +87,16 @@ def medium_of(address: str, there: Iterable[Interface]) -> str:
     return next((each.medium for each in there if wanted in (own.partition("%")[0] for own in each.addresses)), UNKNOWN)
 
 
+def reachable(there: Iterable[Interface]) -> list[str]:
+    """The addresses of these interfaces at which other machines may find this one: the best medium first, IPv4 before IPv6;
+    those of the loopback only where there is nothing else. IPv6 addresses that mean something on one link only are left out.
+    """
+    found = [(each.medium == LOOPBACK, MEDIA.index(each.medium), ":" in address, address)
+             for each in there for address in each.addresses if "%" not in address]
+    outside = [entry for entry in found if not entry[0]]
+    return [address for *_, address in sorted(outside or found)]
+
+
 # ---- Linux -----------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)

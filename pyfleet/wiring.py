@@ -37,6 +37,7 @@ from pyfleet.identity import Namespace, NodeKey, ciphers
 from pyfleet.identity.handshake import MEETING_BYTES, Kind
 from pyfleet.identity.keys import Unwritable, home_folder
 from pyfleet.identity.namespace import derive
+from pyfleet.interfaces import interfaces, way_to
 from pyfleet.members import PROTOCOL, Member
 from pyfleet.placement import num_cores
 from pyfleet.rendezvous.base import Store
@@ -355,7 +356,8 @@ def _connect_all(listener, cards, members, rank, kinds, cluster, deadline, names
     others = [place for place in range(len(members)) if place != rank]
     near = {place: members[place].host == members[rank].host for place in others}
     token = bytes.fromhex(cards[0]["token"])
-    wheres = {place: _where(cards[place], members[place].rank, cluster, near[place]) for place in others}
+    there = interfaces()
+    wheres = {place: _where(cards[place], members[place].rank, cluster, near[place], there) for place in others}
     own = Credentials(key, namespace or Namespace.from_token(token, cluster.namespace),
                       derive(token, "meeting", size=MEETING_BYTES), rank, *place_of_group)
     patience_s = cluster.connection_timeout_ms / 1000
@@ -415,12 +417,13 @@ def own_peer(cluster: ClusterConfig) -> str:
         return ""
 
 
-def _where(card, peer, cluster, near):
-    """The address on a rank's card."""
+def _where(card, peer, cluster, near, there):
+    """The address on a rank's card, as seen from a host with these interfaces."""
     theirs = card["encryption"]
     if {mode == "on" or (mode == "auto" and not near) for mode in (theirs, cluster.encryption)} == {True, False}:
         raise ConfigError(f"encryption is {cluster.encryption!r} here and {theirs!r} on rank {peer}")
-    return Address(card["addresses"], card["port"], bytes.fromhex(card["node"]))
+    near_first = sorted(card["addresses"], key=lambda address: way_to(address, there) is None)      # no router in between
+    return Address(near_first, card["port"], bytes.fromhex(card["node"]))
 
 
 def _offers(kind, cluster, near):

@@ -33,7 +33,8 @@ from pyfleet.discovery.base import Event
 from pyfleet.errors import AuthFailed, ConfigError, FleetError, NotEnoughPeers
 from pyfleet.identity import Namespace, Session, short_id
 from pyfleet.identity.handshake import Kind
-from pyfleet.interfaces import interfaces, medium_of
+from pyfleet.identity.keys import home_folder
+from pyfleet.interfaces import Interface, interfaces, medium_of, reachable
 from pyfleet.members import PROTOCOL, Node, Seat, View
 from pyfleet.membership import messages
 from pyfleet.membership.channel import Channel, Closed, Door, Self, dial
@@ -54,10 +55,12 @@ from pyfleet.membership.roster import (
     Place,
     Roster,
 )
-from pyfleet.membership.topology import Topology, rounds
-from pyfleet.wiring import node_key, own_addresses
+from pyfleet.membership.topology import Paths, Topology, rounds
+from pyfleet.profile import profile
+from pyfleet.wiring import node_key
 
 USUAL_PORT = 52415              # of discovery_port; who did not choose it does not insist on it
+HURRY_S = 0.5                   # for each of several addresses in the first round: a dead one must not hold up the others
 HELLO_S = 5.0                   # from a proven connection to the first message
 ROUND_S = 0.5                   # of probes: one takes 0.3 s, less on a fast link
 SETTLED_S = 0.5                 # a leader starts ranks when nobody has come or gone for so long
@@ -87,6 +90,7 @@ class Service:
         self.door = Door(own, (Kind.MEMBER, Kind.QUERY, Kind.PROBE), self._let_in, patience_s=cluster.connection_timeout_ms / 1000,
                          on_refused=self._refused)
         self.channels: dict[str, Channel] = {}              # peer id -> the connection that stands to it
+        self.paths: dict[str, Paths] = {}                   # what is known of their addresses
         self.nodes: dict[str, Node] = {}                    # what neighbours, and this node, say of themselves
         self.views: dict[tuple[str, int], View] = {}        # the last ones, for the meetings of their ranks
         self._starts: dict[tuple[str, int], dict] = {}      # what leaders said when ranks were to start
@@ -111,7 +115,7 @@ class Service:
         """
         self._loop = asyncio.get_running_loop()
         cluster = self.cluster
-        addresses = own_addresses(cluster.iface)
+        addresses = reachable(chosen(cluster.iface))
         # A port that was asked for is taken or refused; the usual one may be another node's, and discovery tells ours.
         port = cluster.master_port if cluster.role is NodeRole.MASTER else cluster.discovery_port
         await self.door.open(port, tuple(addresses) + ("127.0.0.1",) * (addresses != ["127.0.0.1"])
@@ -184,16 +188,24 @@ class Service:
             is_wanted = self.roster.turned_out(peer, place, clock())
             return None if is_wanted else "it has connected meanwhile"
 
-        for place in target.places:
+        patience_s = self.cluster.connection_timeout_ms / 1000
+        paths = self.paths.setdefault(target.peer, Paths()) if target.peer else Paths()
+        paths.learn([host for host, _ in target.places], interfaces())
+        order = paths.order()
+        places = sorted(target.places, key=lambda place: order.index(place[0]) if place[0] in order else len(order))
+        hurried = [(place, min(HURRY_S, patience_s)) for place in places] if len(places) > 1 else []
+        for place, most_s in [*hurried, *((place, patience_s) for place in places)]:
             try:
-                reader, writer, session = await dial(self.own, *place, patience_s=self.cluster.connection_timeout_ms / 1000,
+                reader, writer, session = await dial(self.own, *place, patience_s=most_s,
                                                      wants=functools.partial(why_not, place=place))
             except (AuthFailed, NotEnoughPeers) as error:
                 reason = str(error)
                 if not is_wanted:
                     self._turn()
                     return
+                paths.failed(place[0])
                 continue
+            paths.worked(place[0])
             await self._serve(Channel(reader, writer, session, dialled=True), place)
             return
         if target.peer not in self.channels:
@@ -328,6 +340,7 @@ class Service:
                 case Connected(node):
                     log.info("%s is here", self._name(node.peer))
                 case Expired(peer):
+                    self.paths.pop(peer, None)
                     log.debug("%s is not in sight any more", self._name(peer))
                 case Duplicate(peer, incarnations, _):
                     self._warn_of_clone(f"{len(incarnations)} machines, {self._name(peer)} one of them, share one identity: a "
@@ -419,6 +432,7 @@ class Service:
         edge = await self._probing(writer, session, probe_initiator, medium, address)
         if edge is not None and session.peer_id == node.peer:
             self._learn(self.node.peer, {node.peer: edge.facts()})
+            self.paths.setdefault(node.peer, Paths()).measured(edge)
             for channel in self.channels.values():
                 channel.send(messages.Report({node.peer: edge.facts()}))
 
@@ -674,6 +688,19 @@ def _unfit(hello: messages.Message, channel: Channel, own: Node) -> str | None:
     return None
 
 
+def chosen(iface: str | None) -> list[Interface]:
+    """The interfaces to be used: all of them, or the one of the settings.
+
+    Raises:  ConfigError naming those that there are.
+    """
+    there = interfaces()
+    if iface is None:
+        return there
+    if iface not in {each.name for each in there}:
+        raise ConfigError(f"there is no interface {iface!r} that is up: one of {', '.join(each.name for each in there)}")
+    return [each for each in there if each.name == iface]
+
+
 def measuring_s(num_nodes: int) -> float:
     """How long the members of a view measure the ways between them: as many rounds as pairs need, and one to settle."""
     return ROUND_S * (num_nodes + num_nodes % 2) if num_nodes > 1 else 0.0
@@ -699,7 +726,9 @@ def open_service(cluster: ClusterConfig, *, slots: int = 1, min_nodes: int = 1) 
         cluster = copy.copy(cluster)
         cluster.static_peers = (*cluster.static_peers, f"{host}:{cluster.master_port}")
     discoveries = [open_discovery(kind, cluster, namespace.tag) for kind in configured(cluster)]
-    return Service(Self(node_key(cluster, strict=True), namespace), cluster, discoveries, slots=slots, min_nodes=min_nodes)
+    key, facts = node_key(cluster, strict=True), profile(home_folder(cluster.home))
+    return Service(Self(key, namespace), cluster, discoveries, slots=slots, min_nodes=min_nodes, profile=facts,
+                   version=str(facts["versions"]["pyfleet"] or ""))
 
 
 class ServiceContact(Contact):
