@@ -5,6 +5,7 @@ import selectors
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 
@@ -181,14 +182,14 @@ def test_neither_the_secret_nor_a_gradient_is_on_the_wire(siege, tmp_path):
     """A capture of everything that host 0 sends and hears while ranks that found each other reduce a known pattern."""
     capture = tmp_path / "capture"
     dump = siege.network.popen(0, ["tcpdump", "-i", "eth0", "-w", str(capture), "-U", "-s", "0"], stderr=subprocess.PIPE)
-    assert b"listening" in dump.stderr.readline() + dump.stderr.readline()
+    while b"listening" not in dump.stderr.readline():
+        assert dump.poll() is None
     pattern = b"gradient"
     script = ("import numpy as np, pyfleet\nf = pyfleet.init(min_nodes=2, timeout=20)\n"
               f"x = np.tile(np.frombuffer({pattern!r}, np.int64), 100000)\npyfleet.broadcast(x)\n"
               "pyfleet.barrier(); print('done', f.stats()['bytes_sent'])")
     for node in siege.nodes:
         node.close()
-    import sys
     env = {"PYFLEET_PSK": PSK, "PYFLEET_IFACE": "eth0", "PYTHONPATH": os.pathsep.join(sys.path)}
     jobs = [siege.network.popen(host, [sys.executable, "-c", script], env | {"PYFLEET_HOME": str(tmp_path / f"home{host}")},
                                 stdout=subprocess.PIPE, text=True) for host in range(2)]
