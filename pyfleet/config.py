@@ -7,6 +7,7 @@ last, for one run, by the person who starts it.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import json
 import math
 import os
@@ -106,6 +107,35 @@ def _text(expected: str = "a non-empty string", pattern: str = r".*\S.*") -> Rul
             raise ValueError
         return value
     return Rule(expected, accept, accept)
+
+
+def host_and_port(text: str, default_port: int) -> tuple[str, int]:
+    """The two halves of "host", "host:port", "[IPv6]", "[IPv6]:port" or a bare IPv6 address.
+
+    Raises:  ValueError for anything else.
+    """
+    text = text.strip()
+    match = re.fullmatch(r"(?:\[([^\]]+)\]|([^\s:\[\]@/,]+))(?::(\d{1,5}))?", text)
+    bracketed, plain, port = match.groups() if match else (text, None, None)
+    if bracketed is not None:
+        ipaddress.IPv6Address(bracketed)
+    if port is not None and not 1 <= int(port) <= 65535:
+        raise ValueError(text)
+    return bracketed or plain, default_port if port is None else int(port)
+
+
+def _peers() -> Rule:
+    """A list of host[:port]; in text, separated by commas."""
+    def accept(value: Any) -> tuple[str, ...]:
+        if isinstance(value, str):
+            value = [] if value.strip().lower() in _NONE else value.split(",")
+        if not isinstance(value, (list, tuple)) or not all(isinstance(peer, str) for peer in value):
+            raise TypeError
+        peers = tuple(dict.fromkeys(peer.strip() for peer in value))
+        for peer in peers:
+            host_and_port(peer, 1)
+        return peers
+    return Rule("a list of host or host:port, IPv6 in brackets", accept, accept)
 
 
 def _one_of(*words: str, make: Callable[[str], Any] = str) -> Rule:
@@ -234,6 +264,7 @@ class ClusterConfig(_Settings):
     gradient_port: int = _key(52416, _PORT)                     # links between hosts
     discovery_port: int = _key(52415, _PORT)
     discovery_enabled: bool = _key(True, _flag())               # False: not one mDNS packet
+    static_peers: tuple[str, ...] = _key((), _peers())          # host[:port] of nodes that multicast does not reach
     min_peers: int = _key(1, _integer(0))                       # others to find before training starts
     peer_timeout: float = _key(30.0, _number(0))                # seconds to find them in
     connection_timeout_ms: int = _key(5000, _integer(1))        # one attempt to connect

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from pyfleet.config import SECTIONS, ClusterConfig, NodeRole, TrainingConfig, load_config
+from pyfleet.config import SECTIONS, ClusterConfig, NodeRole, TrainingConfig, host_and_port, load_config
 from pyfleet.errors import ConfigError, FleetError
 
 DEFAULTS = {
@@ -20,7 +20,7 @@ DEFAULTS = {
     },
     ClusterConfig: {
         "role": NodeRole.AUTO, "master_addr": None, "master_port": 50051, "tensor_port": 50052, "gradient_port": 52416,
-        "discovery_port": 52415, "discovery_enabled": True, "min_peers": 1, "peer_timeout": 30.0,
+        "discovery_port": 52415, "discovery_enabled": True, "static_peers": (), "min_peers": 1, "peer_timeout": 30.0,
         "connection_timeout_ms": 5000, "max_retries": 3, "namespace": None, "psk": None, "psk_file": None,
         "encryption": "auto", "transport": "auto", "same_host": "auto", "timeout": 300.0, "congestion": None, "arena_bytes": None,
         "stripes": None, "home": None, "iface": None, "log_level": "warning",
@@ -38,7 +38,10 @@ OTHERS = {
     "bucket_size_mb": ("0.5", 0.5, 0.5), "progress": ("no", False, False),
     "role": ("Master", "master", NodeRole.MASTER), "master_addr": ("10.0.0.1", "10.0.0.1", "10.0.0.1"),
     "master_port": ("1", 1, 1), "tensor_port": ("2", 2, 2), "gradient_port": ("65535", 65535, 65535),
-    "discovery_port": ("0", 0, 0), "discovery_enabled": ("0", False, False), "min_peers": ("0", 0, 0),
+    "discovery_port": ("0", 0, 0), "discovery_enabled": ("0", False, False),
+    "static_peers": ("a, [fe80::1%eth0]:7,b.local:52415", ["a", "[fe80::1%eth0]:7", "b.local:52415"],
+                     ("a", "[fe80::1%eth0]:7", "b.local:52415")),
+    "min_peers": ("0", 0, 0),
     "peer_timeout": ("10", 10, 10.0), "connection_timeout_ms": ("250", 250, 250), "max_retries": ("0", 0, 0),
     "namespace": ("lab", "lab", "lab"), "psk": ("open sesame", "open sesame", "open sesame"),
     "psk_file": ("/k", "/k", "/k"), "encryption": ("OFF", False, "off"),
@@ -144,6 +147,8 @@ def test_none_in_words(name, text, monkeypatch):
     ("role", "boss"), ("role", 1), ("master_port", 65536), ("master_port", -1), ("encryption", "maybe"),
     ("transport", "udp"), ("same_host", "shm"), ("timeout", 0), ("peer_timeout", -3), ("connection_timeout_ms", 0),
     ("max_retries", -1), ("arena_bytes", 0), ("log_level", "loud"), ("namespace", " "),
+    ("static_peers", "a:0"), ("static_peers", ["a:b"]), ("static_peers", ["a", 3]), ("static_peers", 7),
+    ("static_peers", [""]), ("static_peers", ["[::1"]), ("static_peers", ["a b"]), ("static_peers", ["http://a"]),
 ])
 def test_values_out_of_range_are_refused_at_construction_and_assignment(name, value):
     cls = TrainingConfig if name in DEFAULTS[TrainingConfig] else ClusterConfig
@@ -153,6 +158,21 @@ def test_values_out_of_range_are_refused_at_construction_and_assignment(name, va
     with pytest.raises(ConfigError):
         setattr(config, name, value)
     assert config == cls()
+
+
+@pytest.mark.parametrize("text,expected", [
+    ("mini", ("mini", 9)), (" mini.local:7 ", ("mini.local", 7)), ("192.0.2.1:65535", ("192.0.2.1", 65535)),
+    ("[2001:db8::1]", ("2001:db8::1", 9)), ("[fe80::1%en0]:7", ("fe80::1%en0", 7)), ("::1", ("::1", 9)),
+    ("2001:db8::1:7", ("2001:db8::1:7", 9)), ("fe80::1%en0", ("fe80::1%en0", 9)),
+])
+def test_a_peer_is_a_host_and_perhaps_a_port(text, expected):
+    assert host_and_port(text, 9) == expected
+
+
+@pytest.mark.parametrize("text", ["", ":7", "a:", "a:0", "a:65536", "a:7:8", "[::1", "::1]", "[a]:7", "a/b", "a@b", "a,b"])
+def test_what_is_no_peer_is_refused(text):
+    with pytest.raises(ValueError):
+        host_and_port(text, 9)
 
 
 def test_errors_name_the_value_the_rule_and_the_source(tmp_path, monkeypatch):
