@@ -61,6 +61,10 @@ class Namespace:
         """The 32-byte secret that goes into every handshake."""
         return derive(self.root, "handshake", self.name.encode())
 
+    def mark(self, message: bytes) -> str:
+        """32 hexadecimal digits that only members can make for a message that everybody may read. As for guesses: as `tag`."""
+        return derive(self.root, "mark", self.name.encode(), message, size=16).hex()
+
     @classmethod
     def from_psk(cls, psk: str, name: str | None = None) -> Namespace:
         """The namespace of a PSK: 32 bytes in hex or base64 as they are, anything else is a passphrase.
@@ -94,6 +98,20 @@ class Namespace:
         if cluster.psk_file is not None:
             return cls.from_psk(read_psk(Path(cluster.psk_file)), cluster.namespace)
         return None if cluster.psk is None else cls.from_psk(cluster.psk, cluster.namespace)
+
+
+    @classmethod
+    def required(cls, cluster: ClusterConfig) -> Namespace:
+        """The namespace that the settings say, for nodes that find each other: without a secret, strangers would be in it.
+
+        Raises:  ConfigError without a PSK, and as `configured`.
+        """
+        found = cls.configured(cluster)
+        if found is None:
+            raise ConfigError("nodes that find each other by themselves need a secret, or anybody on the network could join "
+                              "them: make one with `pyfleet keys psk --output FILE`, copy it to every machine, and name it "
+                              "with psk_file (PYFLEET_PSK_FILE, --psk-file)")
+        return found
 
 
 def read_psk(path: Path) -> str:
