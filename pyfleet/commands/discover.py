@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None, prog: str = "pyfleet discover") -> int:
         given = {name: getattr(options, name) for name in ("namespace", "psk_file") if getattr(options, name) is not None}
         cluster = load_config(cluster=given)[1]
         namespace = Namespace.configured(cluster)
-        found = look(cluster, options.timeout)
+        found = look(cluster, namespace, options.timeout)
     except ConfigError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None, prog: str = "pyfleet discover") -> int:
     return 0 if shown else 1
 
 
-def look(cluster: ClusterConfig, timeout_s: float) -> list[Seen]:
+def look(cluster: ClusterConfig, namespace: Namespace | None, timeout_s: float) -> list[Seen]:
     """Everybody who is seen on the network within that time and has not left again. Ends early on Ctrl-C.
 
     Raises:  ConfigError where discovery is turned off.
@@ -70,7 +70,7 @@ def look(cluster: ClusterConfig, timeout_s: float) -> list[Seen]:
         else:
             found[event.sighting.peer, event.sighting.incarnation] = event
 
-    discovery = open_discovery("mdns", cluster, None)
+    discovery = open_discovery("mdns", cluster, namespace, everybody=True)
     try:
         discovery.start(None, take)
         threading.Event().wait(timeout_s)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from pyfleet.config import ClusterConfig
-from pyfleet.discovery.base import Announcement, Discovery, Gone, Seen
+from pyfleet.discovery.base import Announcement, Belonging, Discovery, Gone, Seen
 from pyfleet.errors import ConfigError
 
 DISCOVERY = {       # kind -> how it is done
@@ -15,7 +15,7 @@ DISCOVERY = {       # kind -> how it is done
     "static": "pyfleet.discovery.static:StaticDiscovery",
 }
 
-__all__ = ["DISCOVERY", "Announcement", "Discovery", "Gone", "Seen", "configured", "open_discovery"]
+__all__ = ["DISCOVERY", "Announcement", "Belonging", "Discovery", "Gone", "Seen", "configured", "open_discovery"]
 
 
 def configured(cluster: ClusterConfig) -> list[str]:
@@ -23,10 +23,11 @@ def configured(cluster: ClusterConfig) -> list[str]:
     return ["mdns"] * cluster.discovery_enabled + ["static"] * bool(cluster.static_peers)
 
 
-def open_discovery(kind: str, cluster: ClusterConfig, tag: str | None) -> Discovery:
+def open_discovery(kind: str, cluster: ClusterConfig, namespace: Belonging | None, *, everybody: bool = False) -> Discovery:
     """A discovery of that kind, not started yet.
 
-    Args:    tag: of the namespace whose nodes are wanted (identity.Namespace.tag); None to look at all, without announcing.
+    Args:    namespace: whose nodes are wanted, as identity.Namespace; None to look at all, without announcing.
+             everybody: report the nodes of other namespaces, too.
     Raises:  ConfigError for an unknown kind, and for mdns where discovery_enabled is off: not one packet then.
     """
     if kind not in DISCOVERY:
@@ -34,4 +35,4 @@ def open_discovery(kind: str, cluster: ClusterConfig, tag: str | None) -> Discov
     if kind == "mdns" and not cluster.discovery_enabled:
         raise ConfigError("discovery by mDNS is turned off (cluster.discovery_enabled, PYFLEET_DISCOVERY_ENABLED)")
     module, _, name = DISCOVERY[kind].partition(":")
-    return getattr(import_module(module), name)(cluster, tag)
+    return getattr(import_module(module), name)(cluster, namespace, everybody)

@@ -4,6 +4,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from pyfleet.config import ClusterConfig
 from pyfleet.errors import ConfigError
@@ -63,14 +64,26 @@ Event = Seen | Gone
 Notify = Callable[[Event], None]
 
 
+class Belonging(Protocol):
+    """What discovery needs of a namespace; identity.Namespace has it."""
+
+    @property
+    def tag(self) -> str:
+        """32 hexadecimal digits, the same for all members, for everybody to read."""
+
+    def mark(self, message: bytes) -> str:
+        """What only members can say about a message."""
+
+
 class Discovery(ABC):
     """One way to find nodes. Methods may be called from any thread.
 
-    Args:    tag: of the namespace whose nodes are reported; None reports all, and can not announce.
+    Args:    namespace: whose nodes are reported; None reports all, and can not announce.
+             everybody: report the nodes of other namespaces, too; but never one that only claims to be of ours.
     """
 
-    def __init__(self, cluster: ClusterConfig, tag: str | None):
-        self.cluster, self.tag = cluster, tag
+    def __init__(self, cluster: ClusterConfig, namespace: Belonging | None, everybody: bool = False):
+        self.cluster, self.namespace, self.everybody = cluster, namespace, everybody or namespace is None
 
     @abstractmethod
     def start(self, announcement: Announcement | None, notify: Notify) -> None:
@@ -80,7 +93,7 @@ class Discovery(ABC):
 
         Args:    notify: called for every event from a thread of this discovery, one at a time; must not block, and may be
                  called once more while close() waits.
-        Raises:  ConfigError when there is something to announce and no tag to announce it under.
+        Raises:  ConfigError when there is something to announce and no namespace to announce it in.
         """
 
     @abstractmethod
@@ -96,7 +109,7 @@ class Discovery(ABC):
         """How many nodes of other namespaces are in sight, at most MOST_SIGHTINGS."""
         return 0
 
-    def _refuse_without_tag(self, announcement: Announcement | None) -> None:
-        if announcement is not None and not self.tag:
+    def _refuse_without_namespace(self, announcement: Announcement | None) -> None:
+        if announcement is not None and self.namespace is None:
             raise ConfigError("a node without a namespace can not be announced: everybody on the network could join it; "
                               "`pyfleet keys psk` makes the secret, psk_file (PYFLEET_PSK_FILE) says where it is")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import ipaddress
 import logging
 import random
@@ -19,6 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import msgspec
 import psutil
 from zeroconf import (
     DNSAddress,
@@ -33,10 +35,11 @@ from zeroconf import (
     ServiceInfo,
     Zeroconf,
 )
+from zeroconf import Error as ZeroconfError
 from zeroconf.asyncio import AsyncZeroconf
 
 from pyfleet.config import ClusterConfig
-from pyfleet.discovery.base import CLOSING_S, MOST_SIGHTINGS, Announcement, Discovery, Gone, Notify, Seen
+from pyfleet.discovery.base import CLOSING_S, MOST_SIGHTINGS, Announcement, Belonging, Discovery, Gone, Notify, Seen
 from pyfleet.members import Sighting
 
 SERVICE = "_pyfleet._tcp.local."
@@ -50,11 +53,16 @@ LONGEST_SILENCE_S = 60.0    # the general question is asked at 0, 1, 3, 7, ... s
 TICK_S = 0.5
 POLL_S = 2.0                # between two looks at the interfaces of this machine
 ECHO_S = 3.0                # our own announcement must come back within this, or multicast is blocked here
-DEFENCE_S = 2.0             # at most so often we contradict a record that somebody else sends in our name
+REPEAT_S = 1.5              # what is announced is said again after this, and so is what somebody else says in our name: the
+                            # library takes equal packets within 0.8 s for one, even when another came between
+CHANGE_S = 1.0              # what is known of a node changes at most so often, whoever talks of it
 MOST_ADDRESSES = 16         # of one node
-MOST_QUESTIONS = 20         # in one packet: 20 names of 50 bytes
+MOST_LETTERS = 60           # of a name or a version: with 4 bytes each, still an entry of a TXT record (255 bytes)
+MARKED = ("v", "tag", "peer", "inc", "proto", "name")      # entries of the TXT record that its mark covers
+MOST_QUESTIONS = 20         # asked at a time, in one packet: 20 names of 50 bytes
 MOST_KNOWN = 24             # instances that the general question says not to answer for
 PTR, TXT, SRV, IN = 12, 16, 33, 1           # RFC 1035, 2782
+APPLE_RADIO = ("awdl", "llw")               # macOS: machine to machine, at the cost of the WiFi's air time
 QUERY = 0x0000                              # RFC 1035: the flags of a question
 
 _LABEL = re.compile(r"[a-z2-7]{12}-[0-9a-f]{16}")
@@ -85,6 +93,7 @@ class Instance:
     who: dict[str, str] | None = None
     addresses: tuple[str, ...] = ()
     seen: Seen | None = None
+    told_at: float = float("-inf")
 
 
 @dataclass
@@ -114,8 +123,8 @@ class _Ear(RecordUpdateListener):
 class MdnsDiscovery(Discovery):
     """The nodes that announce themselves on the networks of this machine, or on that of cluster.iface."""
 
-    def __init__(self, cluster: ClusterConfig, tag: str | None):
-        super().__init__(cluster, tag)
+    def __init__(self, cluster: ClusterConfig, namespace: Belonging | None, everybody: bool = False):
+        super().__init__(cluster, namespace, everybody)
         self._instances: dict[str, Instance] = {}       # of our namespace, or not known yet of which
         self._strangers: dict[str, float] = {}          # names of others, until when
         self._interfaces: list[Interface] = []
@@ -132,7 +141,7 @@ class MdnsDiscovery(Discovery):
         self._silence_s = 0.5
         self._first_ask = True
         self._echo_due: float | None = None
-        self._defended_at = float("-inf")
+        self._num_repeats, self._repeat_at = 0, 0.0     # announcements that are still to be made again, and when
         self._troubles: set[str] = set()                # said once each
         self._closing = threading.Event()
 
@@ -140,7 +149,7 @@ class MdnsDiscovery(Discovery):
 
     def start(self, announcement: Announcement | None, notify: Notify) -> None:
         """As the contract says."""
-        self._refuse_without_tag(announcement)
+        self._refuse_without_namespace(announcement)
         self._announcement, self._notify = announcement, notify
         self._thread = threading.Thread(target=self._run, name="pyfleet-mdns", daemon=True)
         self._thread.start()
@@ -203,6 +212,7 @@ class MdnsDiscovery(Discovery):
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._wake.wait(), TICK_S)
         finally:
+            self._hush()
             if self._azc is not None:
                 await self._azc.async_close()           # good-byes, three of them, 0.25 s
 
@@ -227,8 +237,8 @@ class MdnsDiscovery(Discovery):
                 await self._publish()           # first, so that who hears us on a new interface hears the new addresses
                 if gone_before != wanted:
                     await self._azc.zeroconf.async_update_interfaces(interfaces=senders)
-        except OSError as error:
-            self._say("open", f"mDNS discovery cannot listen yet: {error.strerror or error}")
+        except (OSError, RuntimeError, ZeroconfError) as error:      # RuntimeError: an address has gone since we looked
+            self._say("open", f"mDNS discovery cannot listen yet: {getattr(error, 'strerror', None) or error}")
             return
         self._interfaces = wanted
         self._troubles.discard("open")
@@ -247,9 +257,14 @@ class MdnsDiscovery(Discovery):
             if socket.has_dualstack_ipv6() and Path("/proc/net/if_inet6").exists():
                 raise                           # IPv6 is there: it was something else
             zc = Zeroconf([address for address in senders if ":" not in address], ip_version=IPVersion.V4Only)
-        self._azc = AsyncZeroconf(zc=zc)
+        azc = AsyncZeroconf(zc=zc)
+        try:
+            await zc.async_wait_for_start()
+        except BaseException:
+            await azc.async_close()
+            raise
+        self._azc = azc
         zc.async_add_listener(_Ear(self._hear), None)
-        await zc.async_wait_for_start()
 
     async def _publish(self) -> None:
         """Announce what there is to announce, if it is not what was announced last."""
@@ -261,6 +276,7 @@ class MdnsDiscovery(Discovery):
         if own == self._published:
             return
         info, zc = self._service_info(own), self._azc.zeroconf
+        self._hush()
         if self._info is None:
             # Our name is ours alone, so there is nobody to be asked first: that would take 1.2 to 1.7 s.
             self._keep(await zc.async_register_service(info, cooperating_responders=True, strict=False))
@@ -268,14 +284,21 @@ class MdnsDiscovery(Discovery):
         else:
             self._keep(await zc.async_update_service(info))
         self._info, self._published = info, own
+        self._num_repeats, self._repeat_at = max(self._num_repeats, 1), time.monotonic() + REPEAT_S
 
     def _service_info(self, own: Announcement) -> ServiceInfo:
         label = own_label(own)
-        text = {"v": own.version, "tag": self.tag, "peer": own.peer, "inc": own.incarnation, "proto": str(own.protocol),
-                "name": own.name}
+        text = {"v": own.version[:MOST_LETTERS], "tag": self.namespace.tag, "peer": own.peer, "inc": own.incarnation,
+                "proto": str(own.protocol), "name": own.name[:MOST_LETTERS]}
+        text["mark"] = self.namespace.mark(_marked(text))
         packed = [ipaddress.ip_address(address.partition("%")[0]).packed for address in own.addresses[:MOST_ADDRESSES]]
         return ServiceInfo(SERVICE, f"{label}.{SERVICE}", own.port, server=f"{label}.local.", addresses=packed,
                            properties=text, host_ttl=RECORD_S, other_ttl=RECORD_S)
+
+    def _hush(self) -> None:
+        """End announcements under way: said after what follows, the old would be believed again."""
+        for task in list(self._tasks):
+            task.cancel()
 
     def _keep(self, task: asyncio.Future) -> None:
         self._tasks.add(task)                   # the loop itself does not
@@ -296,15 +319,20 @@ class MdnsDiscovery(Discovery):
             self._forget(instance)
             if instance.seen is not None:
                 self._ask_soon()                # perhaps it is the network that has gone
+        for instance in [each for each in self._instances.values() if each.seen is not None]:
+            self._report(instance)
         due = [each for each in self._instances.values() if each.ask_at <= now]
-        for start in range(0, len(due), MOST_QUESTIONS):
+        if due:
             out = DNSOutgoing(QUERY)
-            for instance in due[start:start + MOST_QUESTIONS]:
+            for instance in sorted(due, key=lambda each: each.seen is None)[:MOST_QUESTIONS]:
                 out.add_question(DNSQuestion(f"{instance.label}.{SERVICE}", SRV, IN))
                 if instance.who is None:
                     out.add_question(DNSQuestion(f"{instance.label}.{SERVICE}", TXT, IN))
                 instance.ask_at = now + (ASK_STEP * RECORD_S if instance.seen else 1.0)
             self._azc.zeroconf.async_send(out)
+        if self._num_repeats and now >= self._repeat_at:
+            self._num_repeats, self._repeat_at = self._num_repeats - 1, now + REPEAT_S
+            self._azc.zeroconf.async_send(self._azc.zeroconf.generate_service_broadcast(self._info, None))
         if now >= self._next_ask and any(each.senders for each in self._interfaces):
             self._ask(now)
         if self._echo_due is not None and now >= self._echo_due:
@@ -358,9 +386,15 @@ class MdnsDiscovery(Discovery):
         now = time.monotonic()
         for label, told in news.items():
             if self._published is not None and label == own_label(self._published):
-                self._hear_own(told, now)
+                self._hear_own(told)
             else:
                 self._hear_of(label, told, now)
+
+    def _is_wanted(self, who: dict[str, str]) -> bool:
+        """Whether a node is to be reported. Who has listened can repeat what a member has said of itself, and no more."""
+        if self.namespace is not None and who["tag"] == self.namespace.tag:
+            return hmac.compare_digest(self.namespace.mark(_marked(who)), who["mark"])
+        return self.everybody
 
     def _address(self, record: DNSAddress) -> str | None:
         """The address of a record as text, with its scope; None when nothing can be reached there."""
@@ -379,37 +413,42 @@ class MdnsDiscovery(Discovery):
                 return None
         return str(address)
 
-    def _hear_own(self, told: _News, now: float) -> None:
+    def _hear_own(self, told: _News) -> None:
         if self._echo_due is not None:
             self._echo_due = None
             if "echo" in self._troubles:
                 self._troubles.discard("echo")
                 log.warning("multicast works now: this node hears its own announcement")
-        forged = told.bye or (told.service is not None and told.service.port != self._published.port)
-        if forged and not self._closing.is_set() and now - self._defended_at >= DEFENCE_S:
-            self._defended_at = now
-            zc = self._azc.zeroconf
-            zc.async_send(zc.generate_service_broadcast(self._info, None))
+        own = {address.partition("%")[0] for address in self._published.addresses}
+        forged = (told.bye or (told.service is not None and told.service.port != self._published.port)
+                  or any(address.partition("%")[0] not in own for address in told.addresses))
+        if forged:
+            self._num_repeats = 2
 
     def _hear_of(self, label: str, told: _News, now: float) -> None:
+        who = None if told.text is None else read_text(told.text, label)
+        if who is not None and not self._is_wanted(who):
+            who = None
         if label in self._strangers:
-            if told.bye:
+            if told.bye or who is not None:     # who: somebody else had used the name of one of ours
                 del self._strangers[label]
             elif told.service is not None:
                 self._strangers[label] = now + _lifetime(told.service.ttl)
-            return
+            if who is None:
+                return
         instance = self._instances.get(label)
         if told.bye:
             if instance is not None:
                 self._forget(instance)
             return
         if instance is None:
-            if len(self._instances) >= MOST_SIGHTINGS:      # by lot, so that who floods us can not keep all others out
-                self._forget(random.choice(list(self._instances.values())))
+            if len(self._instances) >= MOST_SIGHTINGS:
+                self._make_room()
             instance = self._instances[label] = Instance(label, now + UNKNOWN_S, now)
-        if told.text is not None and instance.who is None:
-            instance.who = read_text(told.text, label)
-            if instance.who is None or self.tag not in (None, instance.who["tag"]):
+        if told.text is not None:
+            if who is not None:
+                instance.who = who
+            elif instance.who is None:
                 del self._instances[label]
                 if len(self._strangers) < MOST_SIGHTINGS:
                     self._strangers[label] = now + (_lifetime(told.service.ttl) if told.service else RECORD_S)
@@ -423,6 +462,11 @@ class MdnsDiscovery(Discovery):
             instance.addresses = self._merged(instance.addresses, told.addresses)
         self._report(instance)
 
+    def _make_room(self) -> None:
+        """Forget one: of those who have not proved to be ours the oldest, else by lot, so that no flood keeps all others out."""
+        unproven = next((each for each in self._instances.values() if each.who is None), None)
+        self._forget(unproven or random.choice(list(self._instances.values())))
+
     @staticmethod
     def _merged(before: tuple[str, ...], told: list[str]) -> tuple[str, ...]:
         """A packet names all addresses of a node, but a link-local one is of use only where its scope is known."""
@@ -435,11 +479,12 @@ class MdnsDiscovery(Discovery):
             instance.ask_at = min(instance.ask_at, time.monotonic() + TICK_S)
             return
         who = instance.who
-        sighting = Sighting(instance.addresses, instance.port, who["peer"], who["inc"], who["name"], "mdns")
-        seen = Seen(sighting, who["tag"], int(who["proto"]), who["v"])
-        if seen == instance.seen:
-            return
-        is_new, instance.seen = instance.seen is None, seen
+        sighting = Sighting(instance.addresses, instance.port, who["peer"], who["inc"], _shown(who["name"]), "mdns")
+        seen = Seen(sighting, who["tag"], int(who["proto"]), _shown(who["v"]))
+        now = time.monotonic()
+        if seen == instance.seen or now - instance.told_at < CHANGE_S:
+            return                              # a change that comes too soon is told by _look_around
+        is_new, instance.seen, instance.told_at = instance.seen is None, seen, now
         if is_new:
             for other in [each for each in self._instances.values() if _is_successor(seen, each.seen)]:
                 self._forget(other)
@@ -469,12 +514,20 @@ def read_text(text: bytes, label: str) -> dict[str, str] | None:
         entry, text = text[1:1 + text[0]], text[1 + text[0]:]
         name, _, value = entry.decode("utf-8", "replace").partition("=")
         found.setdefault(name, value)
-    who = {name: found.get(name, "") for name in ("peer", "inc", "tag", "proto")}
+    who = {name: found.get(name, "") for name in (*MARKED, "mark")}
     good = (_PEER.fullmatch(who["peer"]) and _TAG.fullmatch(who["tag"]) and re.fullmatch(r"[0-9]{1,5}", who["proto"])
-            and label == f"{who['peer'][:12]}-{who['inc']}")
-    # What people will see on their terminals is kept harmless.
-    who |= {name: "".join(filter(str.isprintable, found.get(name, "")))[:64] for name in ("name", "v")}
+            and who["mark"].isascii() and label == f"{who['peer'][:12]}-{who['inc']}")
     return who if good else None
+
+
+def _marked(who: dict[str, str]) -> bytes:
+    """What a member vouches for with its mark."""
+    return msgspec.msgpack.encode([who[name] for name in MARKED])
+
+
+def _shown(text: str) -> str:
+    """What people will see on their terminals, harmless and not too long."""
+    return "".join(filter(str.isprintable, text))[:MOST_LETTERS]
 
 
 def interfaces() -> list[Interface]:
@@ -483,7 +536,7 @@ def interfaces() -> list[Interface]:
     for name, entries in sorted(psutil.net_if_addrs().items()):
         state = stats.get(name)
         flags = (getattr(state, "flags", "") or "").split(",")
-        if state is None or not state.isup or ("running" not in flags and flags != [""]):
+        if state is None or not state.isup or ("running" not in flags and flags != [""]) or name.startswith(APPLE_RADIO):
             continue
         four = [entry.address for entry in entries if entry.family == socket.AF_INET]
         six = [entry.address for entry in entries if entry.family == socket.AF_INET6

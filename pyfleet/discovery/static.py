@@ -14,7 +14,7 @@ import threading
 import time
 
 from pyfleet.config import ClusterConfig, host_and_port
-from pyfleet.discovery.base import CLOSING_S, Announcement, Discovery, Notify, Seen
+from pyfleet.discovery.base import CLOSING_S, Announcement, Belonging, Discovery, Notify, Seen
 from pyfleet.members import Sighting
 
 DEFAULT_PORT = 52415            # of discovery_port; where that is 0 the others' is still to be named
@@ -28,8 +28,8 @@ log = logging.getLogger("pyfleet.discovery")
 class StaticDiscovery(Discovery):
     """The nodes at cluster.static_peers; their peer ids are not known, and they are never said to be gone."""
 
-    def __init__(self, cluster: ClusterConfig, tag: str | None):
-        super().__init__(cluster, tag)
+    def __init__(self, cluster: ClusterConfig, namespace: Belonging | None, everybody: bool = False):
+        super().__init__(cluster, namespace, everybody)
         self._peers = [host_and_port(peer, cluster.discovery_port or DEFAULT_PORT) for peer in cluster.static_peers]
         self._notify: Notify = None
         self._thread: threading.Thread | None = None
@@ -41,7 +41,7 @@ class StaticDiscovery(Discovery):
 
     def start(self, announcement: Announcement | None, notify: Notify) -> None:
         """As the contract says; there is nothing to announce."""
-        self._refuse_without_tag(announcement)
+        self._refuse_without_namespace(announcement)
         self._notify = notify
         now = time.monotonic()
         self._due = [(now, FIRST_RETRY_S, host, port) for host, port in self._peers]

@@ -61,6 +61,10 @@ class Namespace:
         """The 32-byte secret that goes into every handshake."""
         return derive(self.root, "handshake", self.name.encode())
 
+    def mark(self, message: bytes) -> str:
+        """32 hexadecimal digits that only members can make for a message that everybody may read. As for guesses: as `tag`."""
+        return derive(self.root, "mark", self.name.encode(), message, size=16).hex()
+
     @classmethod
     def from_psk(cls, psk: str, name: str | None = None) -> Namespace:
         """The namespace of a PSK: 32 bytes in hex or base64 as they are, anything else is a passphrase.

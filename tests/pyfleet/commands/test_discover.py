@@ -14,7 +14,7 @@ from pyfleet.identity.keys import NodeKey
 from pyfleet.identity.namespace import Namespace, new_psk
 from pyfleet.members import PROTOCOL, Sighting
 from tests.pyfleet.discovery.conftest import capture, start  # noqa: F401 fixtures
-from tests.pyfleet.discovery.nodes import OURS, THEIRS, peer_id
+from tests.pyfleet.discovery.nodes import OUR_TAG, THEIR_TAG, THEIRS, peer_id
 
 ROOT = Path(__file__).parents[3]
 
@@ -27,11 +27,11 @@ def bare_environment(monkeypatch):
 
 @pytest.fixture
 def lab(tmp_path):
-    """A PSK file, and the tag of its namespace "lab"."""
+    """A PSK file, what is in it, and the tag of its namespace "lab"."""
     path = tmp_path / "psk"
     path.write_text(new_psk())
     path.chmod(0o600)
-    return str(path), Namespace.from_psk(path.read_text(), "lab").tag
+    return str(path), path.read_text(), Namespace.from_psk(path.read_text(), "lab").tag
 
 
 def command(network, host, *options, env=None):
@@ -44,10 +44,10 @@ def command(network, host, *options, env=None):
 
 @pytest.mark.feature("P2", "M7", "P30")
 def test_the_nodes_of_a_namespace_and_those_with_one_identity(network, start, lab):     # noqa: F811
-    psk_file, tag = lab
+    psk_file, psk, tag = lab
     hosts = network(4)
-    one, twin = start(hosts, 0, "a", tag=tag), start(hosts, 1, "a", tag=tag, port=1234)
-    other, stranger = start(hosts, 2, "b", tag=tag), start(hosts, 3, "x", tag=THEIRS)
+    one, twin = start(hosts, 0, "a", psk=psk), start(hosts, 1, "a", psk=psk, port=1234)
+    other, stranger = start(hosts, 2, "b", psk=psk), start(hosts, 3, "x", psk=THEIRS)
     for node in (one, twin):
         node.sees(other)
     stranger.wait(lambda event: event["event"] == "started")
@@ -93,17 +93,17 @@ def test_it_is_silent_where_discovery_is_disabled(network, capture):        # no
     assert sent.packets != []
 
 
-def seen(letter, incarnation, addresses=("192.0.2.1",), tag=OURS, protocol=PROTOCOL):
+def seen(letter, incarnation, addresses=("192.0.2.1",), tag=OUR_TAG, protocol=PROTOCOL):
     return Seen(Sighting(addresses, 7, peer_id(letter), incarnation * 16, f"node-{letter}", "mdns"), tag, protocol, "0.1")
 
 
 def test_the_table_tells_this_node_from_its_clone_and_other_versions():
-    found = [seen("a", "1"), seen("a", "2", ("192.0.2.2",)), seen("b", "3", protocol=PROTOCOL + 1), seen("c", "4", tag=THEIRS)]
-    listed = discover.nodes(found, OURS, peer_id("a"), {"192.0.2.2", "127.0.0.1"})
+    found = [seen("a", "1"), seen("a", "2", ("192.0.2.2",)), seen("b", "3", protocol=PROTOCOL + 1), seen("c", "4", tag=THEIR_TAG)]
+    listed = discover.nodes(found, OUR_TAG, peer_id("a"), {"192.0.2.2", "127.0.0.1"})
     notes = [discover.row(node)[-1] for node in listed]
     assert notes == ["same identity as node-a (22222222)", "this node; same identity as node-a (11111111)",
-                     f"speaks protocol {PROTOCOL + 1}, this is {PROTOCOL}", f"another namespace ({THEIRS[:8]})"]
-    assert discover.row(discover.nodes(found[2:3], None, None, set())[0])[-1].startswith(f"namespace {OURS[:8]}")
+                     f"speaks protocol {PROTOCOL + 1}, this is {PROTOCOL}", f"another namespace ({THEIR_TAG[:8]})"]
+    assert discover.row(discover.nodes(found[2:3], None, None, set())[0])[-1].startswith(f"namespace {OUR_TAG[:8]}")
 
 
 def test_wrong_arguments_and_settings(capsys, tmp_path, monkeypatch):
@@ -112,17 +112,17 @@ def test_wrong_arguments_and_settings(capsys, tmp_path, monkeypatch):
     assert discover.main(["--psk-file", str(tmp_path / "none")]) == 1
     assert "cannot read the PSK file" in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.setenv("PYFLEET_HOME", str(tmp_path))
-    monkeypatch.setattr(discover, "look", lambda cluster, timeout_s: [])
+    monkeypatch.setattr(discover, "look", lambda *_: [])
     assert discover.main([]) == 1
     assert list(tmp_path.iterdir()) == []               # to look around makes no key
-    monkeypatch.setattr(discover, "look", lambda cluster, timeout_s: [seen("a", "1")])
+    monkeypatch.setattr(discover, "look", lambda *_: [seen("a", "1")])
     NodeKey.generate().store(tmp_path)
     assert discover.main([]) == 0
 
 
 def test_on_a_terminal():
     code = ("from pyfleet.commands import discover; from tests.pyfleet.commands.test_discover import seen;"
-            "discover.look = lambda cluster, timeout_s: [seen('a', '1')]; discover.main([])")
+            "discover.look = lambda *_: [seen('a', '1')]; discover.main([])")
     master, slave = pty.openpty()
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "200", "TERM": "xterm"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=slave, stderr=subprocess.DEVNULL, env=env, check=True, timeout=60)

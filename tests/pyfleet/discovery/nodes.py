@@ -10,11 +10,14 @@ import sys
 import threading
 import time
 
+from pyfleet.identity.namespace import Namespace
 from tests.network import inside
 from tests.ranks import ROOT
 
 PATIENCE_S = 20
-OURS, THEIRS = "0a" * 16, "0b" * 16         # tags of two namespaces
+OURS, THEIRS = "0a" * 32, "0b" * 32         # PSKs of two namespaces, both of the name NAME
+NAME = "lab"
+OUR_TAG, THEIR_TAG = (Namespace.from_psk(psk, NAME).tag for psk in (OURS, THEIRS))
 MDNS_PORT = 5353
 ETH_P_ALL = 3
 ETHERNET_BYTES = 14
@@ -27,12 +30,14 @@ def peer_id(letter):
 class Node:
     """One process. `events` is everything it has printed; wait() waits for something that it will print."""
 
-    def __init__(self, network, host, letter=None, *, kind="mdns", tag=OURS, cluster=None, port=52415, addresses=()):
-        self.incarnation = secrets.token_hex(8)
+    def __init__(self, network, host, letter=None, *, kind="mdns", psk=OURS, everybody=False, cluster=None, port=52415, addresses=(),
+                 incarnation=None):
+        self.incarnation = incarnation or secrets.token_hex(8)
         self.peer, self.events, self._grown = letter and peer_id(letter), [], threading.Condition()
         self.announce = letter and {"peer": self.peer, "incarnation": self.incarnation, "port": port, "name": f"node-{letter}",
                                     "addresses": addresses}
-        plan = {"kind": kind, "tag": tag, "cluster": cluster or {}, "announce": self.announce}
+        plan = {"kind": kind, "psk": psk, "name": NAME, "everybody": everybody, "cluster": cluster or {},
+                "announce": self.announce}
         argv = [sys.executable, "-m", "tests.pyfleet.discovery.peer", json.dumps(plan)]
         options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT, "text": True}
         env = {"PYTHONPATH": os.pathsep.join(sys.path)}

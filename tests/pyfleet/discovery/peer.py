@@ -1,6 +1,6 @@
 """A node that does nothing but discover, for tests: `python -m tests.pyfleet.discovery.peer JSON`, JSON being
 
-    {"kind": "mdns", "tag": "..", "cluster": {..}, "announce": {..} or null}
+    {"kind": "mdns", "psk": ".." or null, "name": "..", "everybody": false, "cluster": {..}, "announce": {..} or null}
 
 It prints one JSON object per event, with "at" on the clock that all processes of this machine share, and obeys lines on its standard
 input: "update JSON" announces anew, "state" prints what it knows of itself, "close" says good-bye.
@@ -14,6 +14,7 @@ import time
 
 from pyfleet.config import ClusterConfig
 from pyfleet.discovery import Announcement, Seen, open_discovery
+from pyfleet.identity.namespace import Namespace
 
 _printing = threading.Lock()
 
@@ -42,7 +43,8 @@ def main():
     logging.getLogger("pyfleet").addHandler(Log())
     plan = json.loads(sys.argv[1])
     began = time.monotonic()
-    discovery = open_discovery(plan["kind"], ClusterConfig(**plan.get("cluster", {})), plan["tag"])
+    namespace = plan["psk"] and Namespace.from_psk(plan["psk"], plan["name"])
+    discovery = open_discovery(plan["kind"], ClusterConfig(**plan["cluster"]), namespace, everybody=plan["everybody"])
     discovery.start(announcement(plan["announce"]), lambda event: tell(**told(event)))
     tell(event="started", seconds=time.monotonic() - began)
     for line in sys.stdin:

@@ -8,9 +8,11 @@ from pyfleet.config import ClusterConfig
 from pyfleet.discovery import DISCOVERY, Announcement, open_discovery
 from pyfleet.discovery.base import CLOSING_S
 from pyfleet.errors import ConfigError
-from tests.pyfleet.discovery.nodes import OURS, peer_id
+from pyfleet.identity.namespace import Namespace
+from tests.pyfleet.discovery.nodes import NAME, OURS, peer_id
 
 OWN = Announcement(peer_id("a"), "0" * 16, 52415, "me")
+NAMESPACE = Namespace.from_psk(OURS, NAME)
 PATIENCE_S = 10
 
 
@@ -21,7 +23,7 @@ def other():
 
     def get(kind, letter):
         if kind == "mdns":          # static sees its peer again and again by itself
-            made.append(open_discovery("mdns", cluster(), OURS))
+            made.append(open_discovery("mdns", cluster(), NAMESPACE))
             made[-1].start(Announcement(peer_id(letter), f"{ord(letter):016x}", 7, "other"), lambda event: None)
     yield get
     for each in made:
@@ -41,9 +43,9 @@ def test_nobody_is_announced_without_a_namespace(kind):
 @pytest.mark.parametrize("kind", DISCOVERY)
 def test_start_and_close_are_quick_and_close_may_be_called_again(kind, other):
     other(kind, "b")
-    discovery, seen = open_discovery(kind, cluster(), OURS), []
+    discovery, seen = open_discovery(kind, cluster(), NAMESPACE), []
     discovery.close()                       # before it was started: nothing
-    discovery, some = open_discovery(kind, cluster(), OURS), threading.Event()
+    discovery, some = open_discovery(kind, cluster(), NAMESPACE), threading.Event()
     began = time.monotonic()
     discovery.start(OWN, lambda event: (seen.append(event), some.set()))
     assert time.monotonic() - began < 0.5
@@ -63,7 +65,7 @@ def test_start_and_close_are_quick_and_close_may_be_called_again(kind, other):
 
 @pytest.mark.parametrize("kind", DISCOVERY)
 def test_it_outlives_whoever_fails_to_take_an_event(kind, other, caplog):
-    discovery, calls, twice = open_discovery(kind, cluster(), OURS), [], threading.Event()
+    discovery, calls, twice = open_discovery(kind, cluster(), NAMESPACE), [], threading.Event()
 
     def take(event):
         calls.append(event)

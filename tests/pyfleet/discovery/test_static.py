@@ -12,7 +12,6 @@ from pyfleet.config import ClusterConfig
 from pyfleet.discovery import open_discovery, static
 from pyfleet.discovery.base import CLOSING_S
 from tests.network import inside
-from tests.pyfleet.discovery.nodes import OURS
 from tests.pyfleet.discovery.test_mdns import BLOCK_MDNS
 
 PATIENCE_S = 10
@@ -27,7 +26,7 @@ def sightings(monkeypatch):
 
     def get(peers, **settings):
         found = queue.Queue()
-        made.append(open_discovery("static", ClusterConfig(static_peers=peers, **settings), OURS))
+        made.append(open_discovery("static", ClusterConfig(static_peers=peers, **settings), None))
         made[-1].start(None, lambda event: found.put((time.monotonic(), event.sighting)))
         return found
     get.made = made

@@ -119,6 +119,14 @@ def test_a_short_passphrase_is_refused_and_not_repeated():
     assert "12345678" not in str(caught.value)
 
 
+def test_marks_are_of_one_message_by_the_members_of_one_namespace():
+    ours, theirs = Namespace.from_psk(KEY.hex(), "a"), Namespace.from_psk(KEY.hex(), "b")
+    marks = {ours.mark(b"x"), ours.mark(b"y"), ours.mark(b""), theirs.mark(b"x"), ours.tag, ours.key.hex()[:32]}
+    assert len(marks) == 6
+    assert ours.mark(b"x") == Namespace.from_psk(KEY.hex().upper(), "a").mark(b"x")
+    assert len(bytes.fromhex(ours.mark(b"x"))) == 16
+
+
 def test_who_wants_to_be_found_needs_a_secret():
     with pytest.raises(ConfigError, match="pyfleet keys psk"):
         Namespace.required(ClusterConfig(namespace="lab"))
