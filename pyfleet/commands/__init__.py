@@ -13,6 +13,7 @@ from pyfleet.config import nearest
 COMMANDS = {
     "launch": "pyfleet.commands.launch:main",
     "info": "pyfleet.commands.info:main",
+    "doctor": "pyfleet.commands.doctor:main",
     "benchmark": "pyfleet.commands.benchmark:main",
     "keys": "pyfleet.commands.keys:main",
 }
