@@ -19,13 +19,15 @@ def check(subject: Subject) -> Iterator[Finding]:
     now, installed = time.time(), Path(__file__).stat().st_mtime
     seen = f"it is {datetime.fromtimestamp(now, UTC):%Y-%m-%d %H:%M:%S} UTC"
     if now < installed - SLACK_S:
-        yield Finding("clock", WARN, f"{seen}, before pyfleet was installed ({datetime.fromtimestamp(installed, UTC):%Y-%m-%d})", ADVICE)
+        since = datetime.fromtimestamp(installed, UTC)
+        yield Finding("clock", WARN, f"{seen}, before pyfleet was installed ({since:%Y-%m-%d})", ADVICE)
     else:
         yield Finding("clock", OK, seen)
     if subject.skews_s is None:
         yield Finding("clock of others", SKIPPED, "no peer was asked")
     elif far := {peer: skew for peer, skew in subject.skews_s.items() if abs(skew) > LARGEST_SKEW_S}:
-        told = ", ".join(f"{short_id(peer)} is {abs(skew):.1f} s {'ahead' if skew > 0 else 'behind'}" for peer, skew in far.items())
+        told = ", ".join(f"{short_id(peer)} is {abs(skew):.1f} s {'ahead' if skew > 0 else 'behind'}"
+                         for peer, skew in far.items())
         yield Finding("clock of others", WARN, told, ADVICE)
     else:
         most = max(map(abs, subject.skews_s.values()), default=0.0)

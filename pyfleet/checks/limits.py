@@ -37,7 +37,8 @@ def check(subject: Subject) -> Iterator[Finding]:
     if sys.platform == "linux":
         yield _reading()
         pages = {name: _chosen(HUGE_PAGES / name) for name in ("enabled", "shmem_enabled")}
-        yield _finding("limits huge pages", pages["enabled"] != "never", ", ".join(f"{k}: {v or 'unknown'}" for k, v in pages.items()),
+        told = ", ".join(f"{name}: {chosen or 'unknown'}" for name, chosen in pages.items())
+        yield _finding("limits huge pages", pages["enabled"] != "never", told,
                        f"large arrays are slower without: echo madvise > {HUGE_PAGES / 'enabled'}")
 
 
@@ -46,12 +47,14 @@ def _cores(num_ranks):
     fields = (_text(CGROUP / "cpu.max") or "").split()
     if len(fields) == 2 and fields[0].isdigit():
         quota = int(fields[0]) / int(fields[1])
-    seen = f"{cores} usable" + (f", of which this control group may use {quota:g}" if quota is not None and quota < cores else "")
-    most = min(cores, quota or cores)
+    most = cores if quota is None else min(cores, quota)
+    seen = f"{cores} usable" + (f", of which this control group may use {quota:g}" if most < cores else "")
     if num_ranks is not None and num_ranks > most:
-        return Finding("limits cores", WARN, f"{num_ranks} ranks on {seen}", "ranks that share a core wait for each other: start fewer")
-    if quota is not None and quota < cores:
-        return Finding("limits cores", WARN, seen, f"threads count on {cores}: set OMP_NUM_THREADS={max(1, int(quota))}, or raise the quota")
+        return Finding("limits cores", WARN, f"{num_ranks} ranks on {seen}",
+                       "ranks that share a core wait for each other: start fewer")
+    if most < cores:
+        return Finding("limits cores", WARN, seen,
+                       f"threads count on {cores}: set OMP_NUM_THREADS={max(1, int(most))}, or raise the quota")
     return Finding("limits cores", OK, seen + (f", for {num_ranks} ranks" if num_ranks is not None else ""))
 
 

@@ -16,8 +16,8 @@ from pyfleet.checks.base import FAIL, OK, SKIPPED, WARN, Finding, Subject
 PORT = 5353                                     # of mDNS: a firewall's rules are about this one
 GROUPS = {socket.AF_INET: "224.0.0.251", socket.AF_INET6: "ff02::fb"}
 ATTEMPTS, PATIENCE_S = 3, 0.3                   # what comes back at all comes back within microseconds
-ADVICE = ("let UDP 5353 to 224.0.0.251 and ff02::fb pass in and out (ufw allow 5353/udp; firewall-cmd --add-service=mdns; nft add "
-          "rule inet filter input udp dport 5353 accept), or do without: name the other machines as peers, host:port")
+ADVICE = ("let UDP 5353 to 224.0.0.251 and ff02::fb pass in and out (ufw allow 5353/udp; firewall-cmd --add-service=mdns; "
+          "nft add rule inet filter input udp dport 5353 accept), or do without: name the other machines as peers, host:port")
 
 
 def check(subject: Subject) -> Iterator[Finding]:

@@ -20,4 +20,5 @@ def check(subject: Subject) -> Iterator[Finding]:
         yield Finding("secret", WARN, "there is no PSK: machines cannot find each other by themselves, and who listens where "
                       "ranks meet can join", "`pyfleet keys psk --output FILE`, and PYFLEET_PSK_FILE=FILE on every machine")
     else:
-        yield Finding("secret", OK, f"namespace {namespace.name}, tag {namespace.tag}: equal on all machines that belong together")
+        yield Finding("secret", OK, f"namespace {namespace.name}, tag {namespace.tag}: equal on all machines that belong "
+                                    f"together")

@@ -22,7 +22,8 @@ def check(subject: Subject) -> Iterator[Finding]:
         yield Finding("versions", FAIL, f"fleetcore does not load: {error}; {told}",
                       "it is compiled for one Python: install pyfleet again with this one")
     else:
-        yield Finding("versions", OK if version("torch") else WARN, told, "" if version("torch") else "pip install torch to train")
+        missing = version("torch") is None
+        yield Finding("versions", WARN if missing else OK, told, "pip install torch to train" if missing else "")
     if subject.nodes is None:
         yield Finding("versions of others", SKIPPED, "no peer was asked")
         return
@@ -35,7 +36,8 @@ def check(subject: Subject) -> Iterator[Finding]:
         yield Finding("versions of others", FAIL, f"{told}; this one {PROTOCOL}", "install the same pyfleet on all machines")
     elif others:
         told = ", ".join(f"{node.name or short_id(node.peer)} has pyfleet {node.version}" for node in others)
-        yield Finding("versions of others", WARN, told, "the protocol is the same, so it works; the same version is tested better")
+        yield Finding("versions of others", WARN, told, "the protocol is the same, so it works; the same version everywhere is "
+                                                        "tested better")
     else:
         yield Finding("versions of others", OK, f"{len(subject.nodes)} peers, the same version")
 
