@@ -341,7 +341,8 @@ def traffic(stats: Mapping[str, Any], durations: Mapping[str, Distribution], fai
         return [({"operation": verb}, row[what]) for verb, row in operations.items()]
 
     def per_socket(what):
-        return [({"peer": peer, "channel": channel}, link[what]) for channel, links in sockets for peer, link in links.items()]
+        return [({"peer": peer, "channel": channel}, link[what])
+                for channel, links in sockets for peer, link in links.items()]
 
     return [
         family("operations_total", "counter", "Collective calls, failed ones too.", per_operation("calls")),
@@ -349,7 +350,8 @@ def traffic(stats: Mapping[str, Any], durations: Mapping[str, Distribution], fai
         family("operation_duration_seconds", "histogram", "How long collective calls took.",
                [({"operation": verb}, took) for verb, took in durations.items()]),
         family("messages_total", "counter", "Messages between two ranks, by direction: sent or received.",
-               [({"direction": direction}, messages.get(what, 0)) for direction, what in (("sent", "sends"), ("received", "receives"))]),
+               [({"direction": direction}, messages.get(what, 0))
+                for direction, what in (("sent", "sends"), ("received", "receives"))]),
         family("message_bytes_total", "counter", "Bytes of whole messages between two ranks.",
                [({"direction": direction}, messages.get(f"{direction}_bytes", 0)) for direction in ("sent", "received")]),
         family("sent_bytes_total", "counter", "Bytes given to sockets, frames included.", per_socket("sent_bytes")),

@@ -152,7 +152,7 @@ def stats(engine: Any) -> dict[str, dict[str, int]]:
     sent_bytes are the encodings that went to other ranks, without frames; dense_bytes what float32 would have taken.
     """
     space = _spaces.get(engine)
-    return {} if space is None else {name: dict(counts) for name, counts in space.counts.items()}
+    return {} if space is None else {name: dict(counts) for name, counts in list(space.counts.items())}
 
 
 def demand_op(op: Any) -> bool:

@@ -15,6 +15,7 @@ COMMANDS = {
     "status": "pyfleet.commands.status:main",
     "info": "pyfleet.commands.info:main",
     "discover": "pyfleet.commands.discover:main",
+    "doctor": "pyfleet.commands.doctor:main",
     "benchmark": "pyfleet.commands.benchmark:main",
     "keys": "pyfleet.commands.keys:main",
 }

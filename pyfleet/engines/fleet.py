@@ -259,6 +259,8 @@ class FleetEngine(Engine):
         stats = self.stats()
         took = {verb: Distribution(DURATION_BOUNDS_S, counts, stats["operations"][verb]["seconds"])
                 for verb, counts in self.group.durations().items()}
+        for counts in (stats, stats["messages"]):       # peers by their number in the whole fleet
+            counts["links"] = {self.ranks[place]: link for place, link in counts["links"].items()}
         return traffic(stats, took, self.group.failure)
 
     def record(self, on=True):

@@ -15,6 +15,7 @@ from pyfleet.errors import ConfigError
 from pyfleet.exporters.base import Exporter
 from pyfleet.metrics import Distribution, Registry
 
+CLOSING_S = 0.1         # close() returns within this
 PATIENCE_S = 10         # for a request to come; a client that says nothing holds a thread no longer
 
 _open: weakref.WeakSet[Server] = weakref.WeakSet()
@@ -35,7 +36,8 @@ class PrometheusExporter(Exporter):
         self._server = make_server(host, port, make_wsgi_app(ours), kind, Handler)
         self.port = self._server.server_port
         _open.add(self._server)
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True, name="pyfleet-metrics")
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(CLOSING_S,), daemon=True,
+                                        name="pyfleet-metrics")
         self._thread.start()
 
     @classmethod

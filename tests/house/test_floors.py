@@ -23,12 +23,12 @@ FLOORS = {
                        "gradients/", "data/", "engines/"]),
     "P3": ("pyfleet", ["sampling", "fleet", "autodiscovery", "collectives", "context", "strategies/", "estimators/"]),
     "P4": ("pyfleet", ["checkpoint", "testing", "trainer", "integrations/", "benchmarks/"]),
-    "P5": ("pyfleet", ["jobs", "launchers/", "examples/"]),
+    "P5": ("pyfleet", ["jobs", "launchers/", "examples/", "checks/"]),
     "P6": ("pyfleet", ["commands/"]),
 }
 # Folders of kinds: a kind imports only `base` of its own folder, and so does the folder's table.
 OPEN_SETS = {"kernels", "transports", "schedules", "devices", "discovery", "rendezvous", "compressors", "exporters",
-             "engines", "strategies", "estimators", "integrations", "launchers", "examples", "benchmarks", "commands"}
+             "engines", "strategies", "estimators", "integrations", "launchers", "examples", "benchmarks", "checks", "commands"}
 TOP = {"pyfleet/__init__.py", "pyfleet/__main__.py"}            # see everything
 BARRED_FROM_CORE = {"torch", "numpy", "asyncio", "logging", "threading"}
 READS_ENVIRONMENT = {"pyfleet/config.py"}

@@ -300,6 +300,20 @@ def test_counts_outlive_their_groups_and_an_orderly_end_is_no_failure(fresh_rank
         ([3, 3, 3], [0, 2, 0, 1], False, 0), ([3, 3, 3], [1, 2, 0, 0], False, 0)]
 
 
+def peers_of_a_group():
+    """Whose bytes are counted while a group in another order works."""
+    group, peer = pyfleet.new_group([1, 0]), 1 - pyfleet.rank()
+    before = [counted("pyfleet_sent_bytes_total", peer=other) for other in ("0", "1")]
+    pyfleet.all_reduce(np.ones(10_000), group=group)
+    after = [counted("pyfleet_sent_bytes_total", peer=other) for other in ("0", "1")]
+    group.close()
+    return after[peer] - before[peer] >= 80_000, after[1 - peer] - before[1 - peer]
+
+
+def test_peers_have_their_number_in_the_fleet(ranks):
+    assert ranks(2, "tcp").run(peers_of_a_group) == [(True, 0), (True, 0)]
+
+
 def survive():
     with pytest.raises(pyfleet.PeerLost):
         pyfleet.all_reduce(np.ones(10))

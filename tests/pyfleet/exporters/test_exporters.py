@@ -13,6 +13,7 @@ from time import monotonic
 import numpy as np
 import psutil
 import pytest
+from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 import pyfleet
@@ -43,13 +44,18 @@ def serve(registry):
         each.close()
 
 
-def scrape(port, host="127.0.0.1"):
+FORMATS = {"text/plain": text_string_to_metric_families,        # as curl asks, and as Prometheus does
+           "application/openmetrics-text": openmetrics.text_string_to_metric_families}
+
+
+def scrape(port, form="text/plain"):
     """{(sample name, labels): value} of one scrape."""
-    with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=20) as answer:
-        assert answer.headers["Content-Type"].startswith("text/plain")
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers={"Accept": f"{form};version=1.0.0"})
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        assert answer.headers["Content-Type"].startswith(form)
         text = answer.read().decode()
     return {(sample.name, tuple(sorted(sample.labels.items()))): sample.value
-            for family in text_string_to_metric_families(text) for sample in family.samples}
+            for family in FORMATS[form](text) for sample in family.samples}
 
 
 def free_ports(count):
@@ -68,7 +74,8 @@ def free_ports(count):
     raise AssertionError("no free ports")
 
 
-def test_a_scrape_shows_every_kind(registry, serve):
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_scrape_shows_every_kind(registry, serve, form):
     Counter("pyfleet_a_total", "A.", ("kind",), registry).inc(2, kind='odd "\\\n')
     Gauge("pyfleet_b", "B.", registry=registry).set(-1.5)
     histogram = Histogram("pyfleet_c_seconds", "C.", registry=registry, bounds=(0.1, 1.0))
@@ -77,7 +84,7 @@ def test_a_scrape_shows_every_kind(registry, serve):
     registry.log("loss", 0.25, {"phase": "train"})
     registry.log("loss", 0.5, {})
     (exporter,) = serve(metrics_port=0)
-    assert scrape(exporter.port) == {
+    assert scrape(exporter.port, form) == {
         ("pyfleet_a_total", (("kind", 'odd "\\\n'),)): 2, ("pyfleet_b", ()): -1.5,
         ("pyfleet_c_seconds_bucket", (("le", "0.1"),)): 2, ("pyfleet_c_seconds_bucket", (("le", "1.0"),)): 3,
         ("pyfleet_c_seconds_bucket", (("le", "+Inf"),)): 4, ("pyfleet_c_seconds_count", ()): 4, ("pyfleet_c_seconds_sum", ()): 7.6625,
@@ -196,6 +203,20 @@ def work(count):
     pyfleet.log_metric("loss", pyfleet.rank() + 0.5)
     snapshot = pyfleet.fleet.current().metrics()
     return {name: sum(each.get("value", each.get("count")) for each in family["samples"]) for name, family in snapshot.items()}
+
+
+@pytest.mark.feature("P31")
+def test_all_that_a_real_rank_counts_is_well_formed(fresh_ranks):
+    """The parser of OpenMetrics is strict: names, types, rising buckets, counts that agree."""
+    port = free_ports(2)
+    group = fresh_ranks(2, "tcp", PYFLEET_METRICS_PORT=str(port))
+    told = group.run(work, 2)
+    for rank in range(2):
+        names = {name for name, _ in scrape(port + rank, "application/openmetrics-text")}
+        assert {"pyfleet_heartbeat_latency_seconds_count", "pyfleet_view_changes_total",
+                "pyfleet_operation_duration_seconds_bucket"} <= names
+        assert ("pyfleet_connection_attempts_total" in names) == (rank == 1)       # who dials the lower ranks
+        assert {name for name in told[rank] if name.endswith("_total") and told[rank][name]} <= names
 
 
 @pytest.mark.feature("P31")

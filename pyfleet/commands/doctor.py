@@ -1,0 +1,69 @@
+"""Test this machine, its network and its settings, and say what to do."""
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+
+from pyfleet.checks import CHECKS, FAIL, OK, SKIPPED, WARN, Finding, Subject, run
+from pyfleet.commands.base import Parser, Refused, refuse
+from pyfleet.config import load_config, nearest
+from pyfleet.errors import ConfigError
+
+COLOURS = {OK: "green", WARN: "yellow", FAIL: "bold red", SKIPPED: "dim"}
+
+
+def main(argv: list[str] | None = None, prog: str = "pyfleet doctor") -> int:
+    """The `pyfleet doctor` command: 0 when nothing failed, 1 when something did."""
+    parser = Parser(prog=prog, description=f"{__doc__} Checks: {', '.join(CHECKS)}.", usage=f"{prog} [CHECK ...] [options]")
+    parser.add_argument("checks", nargs="*", metavar="CHECK", help="only these (default: all)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--nproc", type=int, metavar="N", help="how many ranks are to run on this machine")
+    parser.add_argument("--peer", action="append", default=[], metavar="HOST[:PORT]", help="another machine, to be reached by TCP")
+    parser.add_argument("--config", metavar="FILE", help="read settings from this YAML or JSON file")
+    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
+    try:
+        options = parser.parse_args(sys.argv[1:] if argv is None else argv)
+        for name in options.checks:
+            if name not in CHECKS:
+                raise Refused(f"there is no check {name!r}{nearest(name, CHECKS) or '; there is ' + ', '.join(CHECKS)}")
+        if options.nproc is not None and options.nproc < 1:
+            raise Refused(f"--nproc must be at least 1, not {options.nproc}")
+    except Refused as error:
+        return refuse(prog, error)
+    try:
+        cluster = load_config(options.config, options.override)[1]
+    except ConfigError as error:
+        findings = [Finding("settings", FAIL, str(error), "correct it where it says; other checks have to wait")]
+    else:
+        findings = run(Subject(cluster, num_ranks=options.nproc, peers=options.peer), options.checks or CHECKS)
+    failed = any(finding.status == FAIL for finding in findings)
+    if options.json:
+        print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}, indent=2))
+    else:
+        show(findings)
+    return 1 if failed else 0
+
+
+def show(findings: list[Finding]) -> None:
+    """The findings as a table, advice below what it is about, and a line that sums up."""
+    counts = {status: sum(finding.status == status for finding in findings) for status in COLOURS}
+    summary = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    width = max(len(finding.name) for finding in findings)
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+        grid = Table(show_header=False, box=None, pad_edge=False)
+        for finding in findings:
+            told = Text(finding.seen)
+            if finding.advice:
+                told.append(f"\n-> {finding.advice}", style="italic")
+            grid.add_row(Text(finding.status, style=COLOURS[finding.status]), Text(finding.name, style="bold"), told)
+        Console().print(grid)
+    else:
+        for finding in findings:
+            print(f"{finding.status:7}  {finding.name:{width}}  {finding.seen}")
+            if finding.advice:
+                print(f"{'':7}  {'':{width}}  -> {finding.advice}")
+    print(summary)
