@@ -130,8 +130,9 @@ class Topology:
         """The order of these nodes in a ring, the leader first: no two on WiFi side by side where that can be helped;
         of those orders one whose slowest edge is the fastest, and of those the one with the least sum.
 
-        Exact up to MOST_EXACT nodes, found by improvement beyond. An edge that was not measured counts as the slowest one
-        that was. Of the two ways around, the one with the lesser second peer id.
+        Exact up to MOST_EXACT nodes, found by improvement beyond. Edges that are like each other count as equal, for no
+        two measurements agree; see alike(). One that was not measured counts as the slowest that was. Of rings that are
+        equal, the one that peer ids say, and of its two ways around the one with the lesser second peer id.
 
         Raises:  ValueError when the leader is not one of them.
         """
@@ -193,15 +194,26 @@ class Topology:
         }
 
     def _web(self, order):
-        """{(i, j): (whether both are on WiFi, seconds)} of places in `order`, for both directions."""
+        """{(i, j): (whether both are on WiFi, nanoseconds)} of places in `order`, for both directions."""
         air = {peer for peer in order
                if (own := [edge.medium for other in order if (edge := self.edge(peer, other))]) and set(own) == {WIFI}}
-        slowest = max((edge.seconds for a, b in combinations(order, 2) if (edge := self.edge(a, b))), default=0.0)
+        edges = {(i, j): self.edge(order[i], order[j]) for i, j in combinations(range(len(order)), 2)}
+        # Whole nanoseconds: sums of equal edges are equal then, in whatever order they are added up.
+        equal = {each: round(least * 1e9) for each, least in alike(edge.seconds for edge in edges.values() if edge).items()}
+        slowest = max(equal.values(), default=0)
         web = {}
-        for i, j in combinations(range(len(order)), 2):
-            edge = self.edge(order[i], order[j])
-            web[i, j] = web[j, i] = ((edge.on_air, edge.seconds) if edge else ({order[i], order[j]} <= air, slowest))
+        for (i, j), edge in edges.items():
+            web[i, j] = web[j, i] = ((edge.on_air, equal[edge.seconds]) if edge else ({order[i], order[j]} <= air, slowest))
         return web
+
+
+def alike(seconds: Iterable[float]) -> dict[float, float]:
+    """{time: the least time that it is like}: those within LIKE_SPEED of the least of them are alike."""
+    found, least = {}, None
+    for each in sorted(seconds):
+        least = each if least is None or least < LIKE_SPEED * each else least
+        found[each] = least
+    return found
 
 
 def rounds(peers: Iterable[str], done: Collection[tuple[str, str]] = ()) -> list[list[tuple[str, str]]]:
@@ -227,7 +239,7 @@ def rounds(peers: Iterable[str], done: Collection[tuple[str, str]] = ()) -> list
 
 def _exact(web):
     """The best cycle over the places of a web: least pairs on air, then the least slowest edge, then the least sum."""
-    costs = sorted({seconds for _, seconds in web.values()})
+    costs = sorted({time for _, time in web.values()})
     best = _least(web, costs[-1])
     low, high = 0, len(costs) - 1
     while low < high:                   # the lowest limit under which as few pairs are on air as without one
@@ -241,7 +253,7 @@ def _exact(web):
 
 
 def _least(web, limit):
-    """(pairs on air, sum of seconds, cycle from place 0) of the least cycle without an edge over the limit, or None.
+    """(pairs on air, sum of times, cycle from place 0) of the least cycle without an edge over the limit, or None.
 
     Source:  Held and Karp 1962: the least path from 0 through a set of places to one of them, set by set.
     """
@@ -256,10 +268,10 @@ def _least(web, limit):
             if path is None:
                 continue
             for place in rest:
-                air, seconds = web[last, place] if place != last else (0, 0.0)
-                if visited >> place & 1 or seconds > limit:
+                air, time = web[last, place] if place != last else (0, 0)
+                if visited >> place & 1 or time > limit:
                     continue
-                longer = path[0] + air, path[1] + seconds, last
+                longer = path[0] + air, path[1] + time, last
                 if longer < paths.get((visited | 1 << place, place), (size + 1,)):
                     paths[visited | 1 << place, place] = longer
     everyone = (1 << size) - 2
@@ -267,12 +279,12 @@ def _least(web, limit):
             for last in rest if (path := paths.get((everyone, last))) and web[last, 0][1] <= limit]
     if not ends:
         return None
-    air, seconds, last = min(ends)
+    air, time, last = min(ends)
     cycle, visited = [], everyone
     while visited:
         cycle.append(last)
         visited, last = visited & ~(1 << last), paths[visited, last][2]
-    return int(air), seconds, [0, *reversed(cycle)]
+    return int(air), time, [0, *reversed(cycle)]
 
 
 def _improved(web):
@@ -282,7 +294,7 @@ def _improved(web):
 
     def rating(pairs):
         edges = [web[pair] for pair in pairs]
-        return sum(air for air, _ in edges), sorted((seconds for _, seconds in edges), reverse=True)
+        return sum(air for air, _ in edges), sorted((time for _, time in edges), reverse=True)
 
     def better(old, new):
         # Edges that stay cancel out of the comparison of what is sorted, so an exchange that makes its own edges better
@@ -301,7 +313,7 @@ def _improved(web):
 
     def shorter(old, new):
         (air_old, times_old), (air_new, times_new) = rating(old), rating(new)
-        return times_new[0] <= slowest and (air_new, math.fsum(times_new)) < (air_old, math.fsum(times_old))
+        return times_new[0] <= slowest and (air_new, sum(times_new)) < (air_old, sum(times_old))
     _exchange(best, shorter)
     return best
 

@@ -14,7 +14,7 @@ from pyfleet.interfaces import Interface
 from pyfleet.members import Node, Seat
 from pyfleet.membership import topology as module
 from pyfleet.membership.messages import Report, decode, encode
-from pyfleet.membership.topology import MOST_EXACT, Edge, Path, Paths, Topology, ordered, rounds
+from pyfleet.membership.topology import MOST_EXACT, Edge, Path, Paths, Topology, alike, ordered, rounds
 
 MBIT = 1e6 / 8
 
@@ -42,9 +42,11 @@ def around(ring):
 
 
 def worth(found, ring):
-    """What a ring is rated by, the least the best: pairs on air, slowest edge, sum."""
+    """What a ring is rated by, the least the best: pairs on air, slowest edge, sum; like edges count as equal."""
+    equal = alike(found.edge(a, b).seconds for a, b in itertools.combinations(ring, 2))
     edges = [found.edge(a, b) for a, b in around(ring)]
-    return sum(each.on_air for each in edges), max(each.seconds for each in edges), math.fsum(each.seconds for each in edges)
+    times = [equal[each.seconds] for each in edges]
+    return sum(each.on_air for each in edges), max(times), math.fsum(times)
 
 
 def best_of_all(found, peers):
@@ -55,7 +57,7 @@ def best_of_all(found, peers):
 def at_random(count, seed, num_wifi=0):
     chance, peers = random.Random(seed), names(count)
     air = set(chance.sample(peers, num_wifi))
-    return of({(a, b): edge(chance.choice((10, 100, 1000)) * chance.uniform(0.9, 1.1), chance.uniform(1e-5, 1e-3),
+    return of({(a, b): edge(10 ** chance.uniform(1, 3), chance.uniform(1e-5, 1e-3),
                             medium="wifi" if a in air else "ethernet", peer_medium="wifi" if b in air else "ethernet")
                for a, b in itertools.combinations(peers, 2)}), peers
 
@@ -70,6 +72,24 @@ def test_the_ring_is_the_best_of_all(count, seed):
     ring = found.ring(peers, peers[0])
     assert sorted(ring) == peers
     assert worth(found, ring) == pytest.approx(best_of_all(found, peers))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_noise_of_measurements_changes_no_ring(seed):
+    """Cables at 1 Gbit/s and 100 Mbit/s, measured twice."""
+    chance, peers = random.Random(seed), names(8)
+    fast = {pair for pair in itertools.combinations(peers, 2) if chance.random() < 0.5}
+    rings = set()
+    for _ in range(10):
+        found = of({pair: edge((1000 if pair in fast else 100) * chance.uniform(0.9, 1.1), chance.uniform(1e-4, 3e-4))
+                    for pair in itertools.combinations(peers, 2)})
+        rings.add(found.ring(peers, peers[0]))
+    assert len(rings) == 1
+
+
+def test_what_is_alike():
+    assert alike([8.0, 1.0, 1.3, 1.4, 1.8, 9.0]) == {1.0: 1.0, 1.3: 1.0, 1.4: 1.4, 1.8: 1.4, 8.0: 8.0, 9.0: 8.0}
+    assert alike([]) == {}
 
 
 def test_nine_nodes_too():
