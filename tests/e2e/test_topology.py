@@ -109,9 +109,12 @@ def began(hosts):
 def test_one_slow_node_among_fast_ones(network):
     hosts = network(4, "1gbit", rates={2: "100mbit"})
     group, peers, where = began(hosts)
-    all_meet(hosts, group, where, measure=True)
-    all_meet(hosts, group, where, measure=False)        # now everybody hears what everybody has measured
-    found = group.run(decide, peers, peers[1])
+    for _ in range(3):                  # four processes at 1 Gbit/s want two processors, which others may use just now
+        all_meet(hosts, group, where, measure=True)
+        all_meet(hosts, group, where, measure=False)    # now everybody hears what everybody has measured
+        found = group.run(decide, peers, peers[1])
+        if all(link["mbit_s"] > 800 for link in found[0][-1]["links"] if peers[2] not in (link["from"], link["to"])):
+            break
     ring, shares, bandwidths, told = found[0]
     assert ring[0] == peers[1]
     for ring_there, shares_there, *_, told_there in found[1:]:

@@ -51,7 +51,14 @@ def worth(found, ring):
 
 def best_of_all(found, peers):
     leader, *rest = peers
-    return min(worth(found, (leader, *order)) for order in itertools.permutations(rest))
+    equal = alike(found.edge(a, b).seconds for a, b in itertools.combinations(peers, 2))
+    web = {(a, b): (found.edge(a, b).on_air, equal[found.edge(a, b).seconds]) for a, b in itertools.permutations(peers, 2)}
+    best = (len(peers) + 1,)
+    for order in itertools.permutations(rest):
+        if order[0] < order[-1]:
+            edges = [web[pair] for pair in around((leader, *order))]
+            best = min(best, (sum(air for air, _ in edges), max(time for _, time in edges), math.fsum(time for _, time in edges)))
+    return best
 
 
 def at_random(count, seed, num_wifi=0):
@@ -93,7 +100,7 @@ def test_what_is_alike():
 
 
 def test_nine_nodes_too():
-    found, peers = at_random(9, 1, num_wifi=4)
+    found, peers = at_random(9, 1, num_wifi=3)
     assert worth(found, found.ring(peers, peers[0])) == pytest.approx(best_of_all(found, peers))
 
 
@@ -165,7 +172,7 @@ def test_an_edge_that_leads_nowhere_is_avoided_and_one_not_measured_counts_as_th
         frozenset(pair) for pair in around(found.ring("abcd", "a"))}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 14), st.integers(0, 1000), st.randoms(use_true_random=False))
 def test_equal_facts_in_any_order_give_the_same_ring(count, seed, chance):
     found, peers = at_random(count, seed, num_wifi=count // 3)
