@@ -132,7 +132,7 @@ def test_each_way_for_itself(network):
     assert 8 * median(edge.received_bytes_s for edge in found) == pytest.approx(50e6, rel=0.2)
 
 
-@pytest.mark.feature("P17", "P21")
+@pytest.mark.feature("P17")
 @pytest.mark.parametrize(("rate", "delay_s"), [("100mbit", 0.01), ("100mbit", 0.02), ("10mbit", 0.01)])
 def test_a_delay_is_seen_and_does_not_hide_the_rate(network, rate, delay_s):
     hosts = network(2, rate)

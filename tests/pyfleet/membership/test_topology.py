@@ -71,7 +71,6 @@ def at_random(count, seed, num_wifi=0):
 
 # ---- the ring ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.feature("P17")
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("count", (4, 5, 6, 7, 8))
 def test_the_ring_is_the_best_of_all(count, seed):
@@ -126,7 +125,6 @@ def test_a_fast_ring_is_found_among_many_nodes(count):
     assert {frozenset(pair) for pair in around(found.ring(peers, hidden[3]))} == fast
 
 
-@pytest.mark.feature("P17")
 @pytest.mark.parametrize(("count", "num_wifi"), [(4, 2), (5, 2), (5, 3), (8, 4), (9, 7), (12, 6), (12, 9), (20, 10), (31, 17), (64, 32)])
 def test_two_on_wifi_are_side_by_side_only_where_it_can_not_be_helped(count, num_wifi):
     """Even where WiFi is the fastest that there is."""
@@ -212,7 +210,6 @@ def test_without_measurements_the_order_is_that_of_peer_ids():
 
 # ---- bandwidths and shares -------------------------------------------------------------------------------------------------
 
-@pytest.mark.feature("P17")
 def test_one_slow_node_gets_a_small_share():
     peers = names(4)
     found = of({(a, b): edge(95 if "n02" in (a, b) else 950) for a, b in itertools.combinations(peers, 2)})
@@ -300,7 +297,6 @@ def test_who_leaves_or_starts_anew_is_measured_again():
     assert set(found.nodes) == {"a", "b"}
 
 
-@pytest.mark.feature("P16", "P17")
 def test_the_form_for_programs_tells_everything():
     found = of({("a", "b"): edge(100, 2e-3, back=50, medium="wifi", peer_medium="ethernet", address="10.0.0.2", measured_at=5.0)})
     found.join(Node(peer="a", incarnation="0" * 16, name="attic", slots=2, addresses=("10.0.0.1",), profile={"cores": 8}))
