@@ -177,8 +177,8 @@ def test_a_node_with_two_addresses_one_of_them_dead_is_reached_over_the_other(ne
     group, _, where = began(hosts)
     for host in range(2):
         hosts.run(host, ["ip", "addr", "add", f"10.78.0.{host + 1}/24", "dev", "eth0"])
-    hosts.run(1, ["nft", "add table ip dead; add chain ip dead in { type filter hook input priority 0; }; "
-                         "add rule ip dead in ip daddr 10.78.0.2 drop"])
+    hosts.run(1, ["nft", ("add table ip dead; add chain ip dead in { type filter hook input priority 0; }; "
+                          "add rule ip dead in ip daddr 10.78.0.2 drop")])
     dead, alive = "10.78.0.2", hosts.address(1)
     ((tried, first),) = group.run(try_in_order, [dead, alive, "192.0.2.1"], where[1][1], [dead], only=[0])
     assert tried == [dead, alive]
