@@ -125,7 +125,8 @@ def test_a_fast_ring_is_found_among_many_nodes(count):
     assert {frozenset(pair) for pair in around(found.ring(peers, hidden[3]))} == fast
 
 
-@pytest.mark.parametrize(("count", "num_wifi"), [(4, 2), (5, 2), (5, 3), (8, 4), (9, 7), (12, 6), (12, 9), (20, 10), (31, 17), (64, 32)])
+@pytest.mark.parametrize(("count", "num_wifi"), [
+    (4, 2), (5, 2), (5, 3), (8, 4), (9, 7), (12, 6), (12, 9), (20, 10), (31, 17), (64, 32)])
 def test_two_on_wifi_are_side_by_side_only_where_it_can_not_be_helped(count, num_wifi):
     """Even where WiFi is the fastest that there is."""
     peers = names(count)
