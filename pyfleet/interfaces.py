@@ -15,7 +15,8 @@ from pathlib import Path
 
 import psutil
 
-LOOPBACK, THUNDERBOLT, ETHERNET, WIFI, VIRTUAL, UNKNOWN = "loopback", "thunderbolt", "ethernet", "wifi", "virtual", "unknown"
+LOOPBACK, THUNDERBOLT, ETHERNET = "loopback", "thunderbolt", "ethernet"
+WIFI, VIRTUAL, UNKNOWN = "wifi", "virtual", "unknown"
 # The order is that of preference where nothing was measured. Virtual ones (of containers and virtual machines, tunnels)
 # often lead nowhere but into this machine itself.
 MEDIA = (LOOPBACK, THUNDERBOLT, ETHERNET, WIFI, VIRTUAL, UNKNOWN)
@@ -24,7 +25,8 @@ SYS_NET = Path("/sys/class/net")
 ARPHRD_ETHER, ARPHRD_LOOPBACK = 1, 772              # linux/if_arp.h
 SIOCETHTOOL, ETHTOOL_GDRVINFO = 0x8946, 3           # linux/sockios.h, linux/ethtool.h
 DRVINFO_BYTES = 196                                 # struct ethtool_drvinfo: command, driver[32], ...
-VIRTUAL_DRIVERS = {"veth", "tun", "bridge", "bonding", "dummy", "macvlan", "ipvlan", "vxlan", "wireguard", "openvswitch"}
+VIRTUAL_DRIVERS = {"veth", "tun", "bridge", "bonding", "dummy", "macvlan", "ipvlan", "vxlan", "wireguard",
+                   "openvswitch"}
 ASK_S = 5.0                                         # networksetup answers in 50 ms, and in seconds after a wake-up
 
 
@@ -146,7 +148,7 @@ def linux_medium(name: str) -> str:
 
 
 def sysfs_facts(name: str, root: Path = SYS_NET, depth: int = 4) -> LinuxFacts:
-    """What /sys/class/net says of a device, and of what it is made of down to a depth (a VLAN on a bond in a bridge)."""
+    """What /sys/class/net says of a device, and of what it is made of down to a depth: a VLAN on a bond in a bridge."""
     here, driver = root / name, ""
     with contextlib.suppress(OSError):
         driver = (here / "device" / "driver").resolve(strict=True).name
@@ -238,7 +240,8 @@ def _index(name: str) -> int | None:
 
 def _scoped(address: str, name: str) -> str:
     ip = _parsed(address.partition("%")[0])
-    return f"{address}%{name}" if ip is not None and ip.version == 6 and ip.is_link_local and "%" not in address else address
+    local = ip is not None and ip.version == 6 and ip.is_link_local
+    return f"{address}%{name}" if local and "%" not in address else address
 
 
 def _prefix(netmask: str | None, family: int) -> int:

@@ -25,7 +25,7 @@ LARGEST_BYTES = 2048                    # every node holds those of all others, 
 WORD = 64                               # characters of a name
 MOST_ACCELERATORS = 8
 MATMUL_S, COPY_S = 0.06, 0.03           # long enough for a clock to rise to what it holds; together 0.1 s at a start
-STACK, ORDER = 16, 64                   # 0.75 MB of matrices: a core's own cache; the largest order that BLAS does not split
+STACK, ORDER = 16, 64                   # 0.5 MB, in a core's own cache; the largest order that BLAS does not split
 DEVICE_ORDER = 4096                     # 64 MB a matrix: enough to fill every accelerator that people own
 ASK_S = 10.0                            # for threads to start
 COPY_BYTES = 32 << 20                   # beyond the caches of the machines that people own
@@ -36,8 +36,8 @@ def profile(folder: Path | None = None) -> dict[str, Any]:
     """This node's profile: JSON-like, below LARGEST_BYTES as JSON.
 
     Measuring takes about 0.1 s (with an accelerator some more, to import torch), so the profile is kept in `folder`,
-    and taken from there until the next boot, or until cores or versions change. Nothing fails where it can not be kept or
-    what is kept is damaged: it is measured again.
+    and taken from there until the next boot, or until cores or versions change. Nothing fails where it can not be kept,
+    or where what is kept is damaged: it is measured again.
 
     Args:    folder: this node's home; None: measure now and keep nothing.
     Returns: name -> value; None where this system does not tell:
@@ -59,7 +59,7 @@ def profile(folder: Path | None = None) -> dict[str, Any]:
 
 
 def weight(facts: dict[str, Any]) -> float:
-    """What a node with these facts can take of a batch, relative to others: GFLOP/s of its accelerators, else of its cores.
+    """What a node with these facts can take of a batch, relative to others: GFLOP/s of accelerators, else of cores.
 
     Facts of another node may say anything: what is no number above 0 counts as 1, like a slow core.
     """
@@ -89,7 +89,7 @@ def chip() -> str | None:
 
 
 def accelerators() -> list[dict[str, Any]]:
-    """What torch could use; torch is asked only where the machine shows a sign of one, for importing it takes seconds."""
+    """What torch could use; torch is asked only where there is a sign of one, for importing it takes seconds."""
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
     if not apple and not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists():
         return []
@@ -190,7 +190,8 @@ def _measure() -> dict[str, Any]:
     fast = accelerator_gflops(found)
     facts = {
         "chip": chip(), "system": f"{platform.system()} {platform.release()}", "arch": platform.machine(),
-        "cores": num_cores(), "memory_bytes": psutil.virtual_memory().total, "accelerators": found, "versions": versions(),
+        "cores": num_cores(), "memory_bytes": psutil.virtual_memory().total, "accelerators": found,
+        "versions": versions(),
         "matmul_gflops": round(matmul_gflops(), 2), "accelerator_gflops": fast and round(fast, 2),
         "copy_gb_s": round(copy_gb_s(), 2),
     }
@@ -229,7 +230,8 @@ def _read(folder: Path, key: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _complete(facts: Any) -> bool:
-    return isinstance(facts, dict) and {"chip", "cores", "memory_bytes", "matmul_gflops", "copy_gb_s", "weight"} <= set(facts)
+    needed = {"chip", "cores", "memory_bytes", "matmul_gflops", "copy_gb_s", "weight"}
+    return isinstance(facts, dict) and needed <= set(facts)
 
 
 def _keep(folder: Path, content: dict[str, Any]) -> None:

@@ -89,7 +89,8 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         table.append(("accelerator", f"{each['kind']}: {each['name']}{size}" if each else "none"))
     measured = facts["profile"]
     fast = f", {measured['accelerator_gflops']:,.0f} by accelerators" if measured["accelerator_gflops"] else ""
-    table.append(("speed", f"{measured['matmul_gflops']:,.1f} GFLOP/s by cores{fast}; {measured['copy_gb_s']:.1f} GB/s copied"))
+    speed = f"{measured['matmul_gflops']:,.1f} GFLOP/s by cores{fast}; {measured['copy_gb_s']:.1f} GB/s copied"
+    table.append(("speed", speed))
     for each in facts["interfaces"]:
         speed = f", {each['speed_mbps']} Mbit/s" if each["speed_mbps"] else ""
         table.append((f"interface {each['name']}", f"{', '.join(each['addresses'])} ({each['kind']}{speed})"))

@@ -1,9 +1,9 @@
 """Measuring what lies between two nodes, over a connection that has proved itself and carries nothing else.
 
-The initiator leads: a greeting, echoes, a bulk transfer to the responder, one back, the result. Every word is one header
-(kind, two numbers, a MAC under a secret of this connection); bulk data follows headers that say how much. The receiver of
-bulk data allows so much at a time that no queue on the way holds more than a moment's worth, and stops the sender as
-soon as it has seen enough: after 0.1 s on a quiet link, LONGEST_S at most, and never more than MOST_BYTES.
+The initiator leads: a greeting, echoes, a bulk transfer to the responder, one back, the result. Every word is one
+header (kind, two numbers, a MAC under a secret of this connection); bulk data follows headers that say how much. The
+receiver of bulk data allows so much at a time that no queue on the way holds more than a moment's worth, and stops the
+sender as soon as it has seen enough: after 0.1 s on a quiet link, LONGEST_S at most, and never more than MOST_BYTES.
 """
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def probe_initiator(sock: socket.socket, secret: bytes, *, medium: str = UNKNOWN
     Args:    secret: known to both ends of this connection alone: Session.binding.
              medium: of the own end's interface.  address: the peer's, for the edge.
     Returns: what lies between, as this end sees it.
-    Raises:  Timeout at deadline_s, PeerLost when the peer hangs up, CorruptData or AuthFailed when it says what it may not.
+    Raises:  Timeout at deadline_s; PeerLost when the peer hangs up; CorruptData, AuthFailed for what it may not say.
              Whatever is raised, the connection is of no more use; the socket remains the caller's, blocking as before.
     """
     with _Line(sock, secret, b"initiator", b"responder", deadline_s) as line:
@@ -72,13 +72,13 @@ def probe_initiator(sock: socket.socket, secret: bytes, *, medium: str = UNKNOWN
         received = _catch(line, trip)
         line.say(RESULT, trip / 2)
         line.hear(RESULT)
-    return Edge(latency_s=trip / 2, sent_bytes_s=sent, received_bytes_s=received, medium=medium, peer_medium=peer_medium,
-                address=address, measured_at=time.time())
+    return Edge(latency_s=trip / 2, sent_bytes_s=sent, received_bytes_s=received, medium=medium,
+                peer_medium=peer_medium, address=address, measured_at=time.time())
 
 
 def probe_responder(sock: socket.socket, secret: bytes, *, medium: str = UNKNOWN, address: str = "",
                     deadline_s: float = DEADLINE_S) -> Edge:
-    """The other end of probe_initiator: answers it, and returns the same edge as this end sees it. Args, raises: the same."""
+    """The other end of probe_initiator: answers it, and returns the edge as seen from here. Args, raises: the same."""
     with _Line(sock, secret, b"responder", b"initiator", deadline_s) as line:
         peer_medium = _medium(line.hear(GREETING)[0])
         line.say(GREETING, MEDIA.index(medium))
@@ -239,7 +239,7 @@ def _pour(line):
 
 
 def _catch(line, trip):
-    """Take bulk data, and say how much of it may come and when it is enough; the bytes/s, which the peer is told, too."""
+    """Take bulk data, and say how much may come and when it is enough; the bytes/s, which the peer is told, too."""
     meter = Meter(trip)
     allowed, expected, stopped = HEAD_START_BYTES, 0, False
     line.say(ALLOWED, allowed)
@@ -263,7 +263,8 @@ def _catch(line, trip):
         kind, number, _ = line.next()
         if kind == DONE and stopped and number == meter.num_bytes:
             break
-        if kind != PIECE or not 0 < number <= PIECE_BYTES or number != int(number) or meter.num_bytes + number > allowed:
+        due = min(PIECE_BYTES, allowed - meter.num_bytes)
+        if kind != PIECE or not 0 < number <= due or number != int(number):
             raise CorruptData(f"the peer said {kind} ({number:g}) in the midst of a transfer")
         expected = int(number)
     rate = meter.bytes_s()
@@ -283,7 +284,7 @@ class Meter:
         self._longest_s = max(LONGEST_S, LONGEST_TRIPS * trip)
         self._began, self._agreed = 0.0, False
         self._arrivals: list[tuple[float, int]] = []    # (when a lump came, bytes at its end)
-        self._marks: list[int] = []                     # arrivals at which windows end; at the first one counting begins
+        self._marks: list[int] = []                     # arrivals that end windows; at the first one counting begins
         self._past = 0                                  # the first arrival that counts for what is allowed
 
     def arrived(self, count: int, now: float) -> None:

@@ -1,4 +1,4 @@
-"""What the nodes can do, what was measured between them, and what follows: the ring, shares of a collective, best addresses.
+"""What the nodes can do, what was measured between them, and what follows: the ring, shares, best addresses.
 
 Pure: facts in, decisions out. Equal facts give equal decisions, in whatever order they came.
 """
@@ -36,7 +36,7 @@ class Edge(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     Attributes:
         latency_s:      from a send to its arrival, for the first byte: half of the median round trip.
-        sent_bytes_s, received_bytes_s: what TCP carries to the peer and from it, one way at a time; 0: nothing gets there.
+        sent_bytes_s, received_bytes_s: what TCP carries to the peer and from it, one way at a time; 0: nothing.
         medium, peer_medium: of the interface at the own and at the other end, one of interfaces.MEDIA.
         address:        the peer's that was used, "" for the own.
         measured_at:    seconds since 1970, by the clock of whoever measured.
@@ -130,8 +130,9 @@ class Topology:
         """The order of these nodes in a ring, the leader first: no two on WiFi side by side where that can be helped;
         of those orders one whose slowest edge is the fastest, and of those the one with the least sum.
 
-        Exact up to MOST_EXACT nodes, found by improvement beyond. An edge that was not measured counts as the slowest one
-        that was. Of the two ways around, the one with the lesser second peer id.
+        Exact up to MOST_EXACT nodes, found by improvement beyond. Edges that are like each other count as equal, for no
+        two measurements agree; see alike(). One that was not measured counts as the slowest that was. Of rings that are
+        equal, the one that peer ids say, and of its two ways around the one with the lesser second peer id.
 
         Raises:  ValueError when the leader is not one of them.
         """
@@ -152,13 +153,13 @@ class Topology:
     def bandwidths(self, peers: Sequence[str]) -> tuple[float, ...] | None:
         """Bytes/s each way of each of these nodes: the slower way to its best partner among them; None when nothing was
         measured. Who was not measured counts as the best; so does who is within LIKE_SPEED of it, as in Group."""
-        speeds = [max((edge.bytes_s for other in peers if other != peer and (edge := self.edge(peer, other))), default=0.0)
+        speeds = [max((edge.bytes_s for other in peers if (edge := self.edge(peer, other))), default=0.0)
                   for peer in peers]
         top = max(speeds, default=0.0)
         return tuple(top if not speed or speed >= LIKE_SPEED * top else speed for speed in speeds) if top else None
 
     def shares(self, peers: Sequence[str]) -> list[float]:
-        """Which part of an array each of these nodes should reduce, as shares_for; equal ones when nothing was measured."""
+        """Which part of an array each of these nodes should reduce, as shares_for; equal ones without measurements."""
         return shares_for(self.bandwidths(peers) or (1.0,) * len(peers))
 
     def links(self, seats: Sequence[Seat]) -> Links | None:
@@ -182,30 +183,43 @@ class Topology:
     def as_json(self, ring: Sequence[str] = ()) -> dict[str, Any]:
         """For people and programs: nodes with their profiles, edges in both directions, and the ring they form now."""
         return {
-            "nodes": {peer: {"name": node.name, "slots": node.slots, "addresses": list(node.addresses), "profile": node.profile}
-                      for peer, node in sorted(self.nodes.items())},
+            "nodes": {peer: {"name": node.name, "slots": node.slots, "addresses": list(node.addresses),
+                             "profile": node.profile} for peer, node in sorted(self.nodes.items())},
             "links": [{"from": a, "to": b, "latency_ms": round(edge.latency_s * 1e3, 4),
-                       "mbit_s": round(edge.sent_bytes_s * 8e-6, 3), "medium": edge.medium, "peer_medium": edge.peer_medium,
-                       "address": edge.address, "measured_at": edge.measured_at}
+                       "mbit_s": round(edge.sent_bytes_s * 8e-6, 3), "medium": edge.medium,
+                       "peer_medium": edge.peer_medium, "address": edge.address, "measured_at": edge.measured_at}
                       for pair, own in sorted(self._edges.items())
                       for (a, b), edge in ((pair, own), (pair[::-1], own.turned()))],
             "ring": list(ring),
         }
 
     def _web(self, order):
-        """{(i, j): (whether both are on WiFi, seconds)} of places in `order`, for both directions."""
+        """{(i, j): (whether both are on WiFi, nanoseconds)} of places in `order`, for both directions."""
         air = {peer for peer in order
                if (own := [edge.medium for other in order if (edge := self.edge(peer, other))]) and set(own) == {WIFI}}
-        slowest = max((edge.seconds for a, b in combinations(order, 2) if (edge := self.edge(a, b))), default=0.0)
+        edges = {(i, j): self.edge(order[i], order[j]) for i, j in combinations(range(len(order)), 2)}
+        # Whole nanoseconds: sums of equal edges are equal then, in whatever order they are added up.
+        known = alike(edge.seconds for edge in edges.values() if edge)
+        equal = {each: round(least * 1e9) for each, least in known.items()}
+        slowest = max(equal.values(), default=0)
         web = {}
-        for i, j in combinations(range(len(order)), 2):
-            edge = self.edge(order[i], order[j])
-            web[i, j] = web[j, i] = ((edge.on_air, edge.seconds) if edge else ({order[i], order[j]} <= air, slowest))
+        for (i, j), edge in edges.items():
+            rated = (edge.on_air, equal[edge.seconds]) if edge else ({order[i], order[j]} <= air, slowest)
+            web[i, j] = web[j, i] = rated
         return web
 
 
+def alike(seconds: Iterable[float]) -> dict[float, float]:
+    """{time: the least time that it is like}: those within LIKE_SPEED of the least of them are alike."""
+    found, least = {}, None
+    for each in sorted(seconds):
+        least = each if least is None or least < LIKE_SPEED * each else least
+        found[each] = least
+    return found
+
+
 def rounds(peers: Iterable[str], done: Collection[tuple[str, str]] = ()) -> list[list[tuple[str, str]]]:
-    """Pair everyone with everyone, in as few rounds as can be, nobody twice in a round: probes do not disturb each other.
+    """Pair everyone with everyone, in as few rounds as can be, nobody twice in one: probes do not disturb each other.
 
     Args:    done: pairs, in either order, that are left out.
     Returns: rounds of pairs (initiator, responder); empty rounds are left out.
@@ -223,11 +237,11 @@ def rounds(peers: Iterable[str], done: Collection[tuple[str, str]] = ()) -> list
     return [each for each in found if each]
 
 
-# ---- the ring ----------------------------------------------------------------------------------------------------------
+# ---- the ring --------------------------------------------------------------------------------------------------------
 
 def _exact(web):
     """The best cycle over the places of a web: least pairs on air, then the least slowest edge, then the least sum."""
-    costs = sorted({seconds for _, seconds in web.values()})
+    costs = sorted({time for _, time in web.values()})
     best = _least(web, costs[-1])
     low, high = 0, len(costs) - 1
     while low < high:                   # the lowest limit under which as few pairs are on air as without one
@@ -241,7 +255,7 @@ def _exact(web):
 
 
 def _least(web, limit):
-    """(pairs on air, sum of seconds, cycle from place 0) of the least cycle without an edge over the limit, or None.
+    """(pairs on air, sum of times, cycle from place 0) of the least cycle without an edge over the limit, or None.
 
     Source:  Held and Karp 1962: the least path from 0 through a set of places to one of them, set by set.
     """
@@ -256,10 +270,10 @@ def _least(web, limit):
             if path is None:
                 continue
             for place in rest:
-                air, seconds = web[last, place] if place != last else (0, 0.0)
-                if visited >> place & 1 or seconds > limit:
+                air, time = web[last, place] if place != last else (0, 0)
+                if visited >> place & 1 or time > limit:
                     continue
-                longer = path[0] + air, path[1] + seconds, last
+                longer = path[0] + air, path[1] + time, last
                 if longer < paths.get((visited | 1 << place, place), (size + 1,)):
                     paths[visited | 1 << place, place] = longer
     everyone = (1 << size) - 2
@@ -267,12 +281,12 @@ def _least(web, limit):
             for last in rest if (path := paths.get((everyone, last))) and web[last, 0][1] <= limit]
     if not ends:
         return None
-    air, seconds, last = min(ends)
+    air, time, last = min(ends)
     cycle, visited = [], everyone
     while visited:
         cycle.append(last)
         visited, last = visited & ~(1 << last), paths[visited, last][2]
-    return int(air), seconds, [0, *reversed(cycle)]
+    return int(air), time, [0, *reversed(cycle)]
 
 
 def _improved(web):
@@ -282,7 +296,7 @@ def _improved(web):
 
     def rating(pairs):
         edges = [web[pair] for pair in pairs]
-        return sum(air for air, _ in edges), sorted((seconds for _, seconds in edges), reverse=True)
+        return sum(air for air, _ in edges), sorted((time for _, time in edges), reverse=True)
 
     def better(old, new):
         # Edges that stay cancel out of the comparison of what is sorted, so an exchange that makes its own edges better
@@ -301,7 +315,7 @@ def _improved(web):
 
     def shorter(old, new):
         (air_old, times_old), (air_new, times_new) = rating(old), rating(new)
-        return times_new[0] <= slowest and (air_new, math.fsum(times_new)) < (air_old, math.fsum(times_old))
+        return times_new[0] <= slowest and (air_new, sum(times_new)) < (air_old, sum(times_old))
     _exchange(best, shorter)
     return best
 
@@ -325,7 +339,7 @@ def _greedy(web, size):
 
 
 def _exchange(cycle, better):
-    """Improve a cycle in place: turn a stretch around, or move up to 3 places elsewhere, while better(old, new edges)."""
+    """Improve a cycle in place: turn a stretch around, or move up to 3 places elsewhere, while better(old, new)."""
     size, improved = len(cycle), True
     while improved:
         improved = False
@@ -346,7 +360,7 @@ def _exchange(cycle, better):
                     break
 
 
-# ---- several addresses of one peer ---------------------------------------------------------------------------------------
+# ---- several addresses of one peer -----------------------------------------------------------------------------------
 
 @dataclass
 class Path:
@@ -411,8 +425,8 @@ def ordered(paths: Sequence[Path]) -> list[Path]:
 
     The fewest failures in a row come first. Among those: the fastest as measured (within LIKE_SPEED of each other: the
     better medium, then the shorter latency); then those not measured, near ones first, by medium: cable, WiFi, unknown.
-    But one that is near and on a better medium than any that was measured comes before: a cable that was plugged in just
-    now. Addresses that this machine has itself come last. What is still equal stays in the order it came.
+    But one that is near and on a better medium than any that was measured comes before: a cable that was just plugged
+    in. Addresses that this machine has itself come last. What is still equal stays in the order it came.
     """
     def medium(path):
         theirs = path.edge.peer_medium if path.edge and path.edge.peer_medium != UNKNOWN else path.medium

@@ -15,7 +15,6 @@ from pyfleet.placement import num_cores
 from pyfleet.profile import FILE_NAME, LARGEST_BYTES, profile, weight
 
 
-@pytest.mark.feature("P16")
 def test_a_profile_tells_what_this_machine_is(tmp_path):
     facts = profile(tmp_path)
     assert facts["cores"] == num_cores()

@@ -67,7 +67,7 @@ def test_it_tells_the_identity_and_makes_none(home):
     assert dict(info.rows(info.machine()))["identity"] == short_id(key.peer_id)
 
 
-@pytest.mark.feature("M16", "P16")
+@pytest.mark.feature("M16")
 def test_it_tells_the_profile(home, capsys):
     assert info.main(["--json"]) == 0
     assert json.loads(capsys.readouterr().out)["profile"] == profile(home)

@@ -14,7 +14,7 @@ from pyfleet.interfaces import Interface
 from pyfleet.members import Node, Seat
 from pyfleet.membership import topology as module
 from pyfleet.membership.messages import Report, decode, encode
-from pyfleet.membership.topology import MOST_EXACT, Edge, Path, Paths, Topology, ordered, rounds
+from pyfleet.membership.topology import MOST_EXACT, Edge, Path, Paths, Topology, alike, ordered, rounds
 
 MBIT = 1e6 / 8
 
@@ -42,27 +42,35 @@ def around(ring):
 
 
 def worth(found, ring):
-    """What a ring is rated by, the least the best: pairs on air, slowest edge, sum."""
+    """What a ring is rated by, the least the best: pairs on air, slowest edge, sum; like edges count as equal."""
+    equal = alike(found.edge(a, b).seconds for a, b in itertools.combinations(ring, 2))
     edges = [found.edge(a, b) for a, b in around(ring)]
-    return sum(each.on_air for each in edges), max(each.seconds for each in edges), math.fsum(each.seconds for each in edges)
+    times = [equal[each.seconds] for each in edges]
+    return sum(each.on_air for each in edges), max(times), math.fsum(times)
 
 
 def best_of_all(found, peers):
     leader, *rest = peers
-    return min(worth(found, (leader, *order)) for order in itertools.permutations(rest))
+    equal = alike(found.edge(a, b).seconds for a, b in itertools.combinations(peers, 2))
+    web = {(a, b): (found.edge(a, b).on_air, equal[found.edge(a, b).seconds]) for a, b in itertools.permutations(peers, 2)}
+    best = (len(peers) + 1,)
+    for order in itertools.permutations(rest):
+        if order[0] < order[-1]:
+            edges = [web[pair] for pair in around((leader, *order))]
+            best = min(best, (sum(air for air, _ in edges), max(time for _, time in edges), math.fsum(time for _, time in edges)))
+    return best
 
 
 def at_random(count, seed, num_wifi=0):
     chance, peers = random.Random(seed), names(count)
     air = set(chance.sample(peers, num_wifi))
-    return of({(a, b): edge(chance.choice((10, 100, 1000)) * chance.uniform(0.9, 1.1), chance.uniform(1e-5, 1e-3),
+    return of({(a, b): edge(10 ** chance.uniform(1, 3), chance.uniform(1e-5, 1e-3),
                             medium="wifi" if a in air else "ethernet", peer_medium="wifi" if b in air else "ethernet")
                for a, b in itertools.combinations(peers, 2)}), peers
 
 
 # ---- the ring ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.feature("P17")
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("count", (4, 5, 6, 7, 8))
 def test_the_ring_is_the_best_of_all(count, seed):
@@ -72,8 +80,26 @@ def test_the_ring_is_the_best_of_all(count, seed):
     assert worth(found, ring) == pytest.approx(best_of_all(found, peers))
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_noise_of_measurements_changes_no_ring(seed):
+    """Cables at 1 Gbit/s and 100 Mbit/s, measured twice."""
+    chance, peers = random.Random(seed), names(8)
+    fast = {pair for pair in itertools.combinations(peers, 2) if chance.random() < 0.5}
+    rings = set()
+    for _ in range(10):
+        found = of({pair: edge((1000 if pair in fast else 100) * chance.uniform(0.9, 1.1), chance.uniform(1e-4, 3e-4))
+                    for pair in itertools.combinations(peers, 2)})
+        rings.add(found.ring(peers, peers[0]))
+    assert len(rings) == 1
+
+
+def test_what_is_alike():
+    assert alike([8.0, 1.0, 1.3, 1.4, 1.8, 9.0]) == {1.0: 1.0, 1.3: 1.0, 1.4: 1.4, 1.8: 1.4, 8.0: 8.0, 9.0: 8.0}
+    assert alike([]) == {}
+
+
 def test_nine_nodes_too():
-    found, peers = at_random(9, 1, num_wifi=4)
+    found, peers = at_random(9, 1, num_wifi=3)
     assert worth(found, found.ring(peers, peers[0])) == pytest.approx(best_of_all(found, peers))
 
 
@@ -99,8 +125,8 @@ def test_a_fast_ring_is_found_among_many_nodes(count):
     assert {frozenset(pair) for pair in around(found.ring(peers, hidden[3]))} == fast
 
 
-@pytest.mark.feature("P17")
-@pytest.mark.parametrize(("count", "num_wifi"), [(4, 2), (5, 2), (5, 3), (8, 4), (9, 7), (12, 6), (12, 9), (20, 10), (31, 17), (64, 32)])
+@pytest.mark.parametrize(("count", "num_wifi"), [
+    (4, 2), (5, 2), (5, 3), (8, 4), (9, 7), (12, 6), (12, 9), (20, 10), (31, 17), (64, 32)])
 def test_two_on_wifi_are_side_by_side_only_where_it_can_not_be_helped(count, num_wifi):
     """Even where WiFi is the fastest that there is."""
     peers = names(count)
@@ -145,7 +171,7 @@ def test_an_edge_that_leads_nowhere_is_avoided_and_one_not_measured_counts_as_th
         frozenset(pair) for pair in around(found.ring("abcd", "a"))}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 14), st.integers(0, 1000), st.randoms(use_true_random=False))
 def test_equal_facts_in_any_order_give_the_same_ring(count, seed, chance):
     found, peers = at_random(count, seed, num_wifi=count // 3)
@@ -185,7 +211,6 @@ def test_without_measurements_the_order_is_that_of_peer_ids():
 
 # ---- bandwidths and shares -------------------------------------------------------------------------------------------------
 
-@pytest.mark.feature("P17")
 def test_one_slow_node_gets_a_small_share():
     peers = names(4)
     found = of({(a, b): edge(95 if "n02" in (a, b) else 950) for a, b in itertools.combinations(peers, 2)})
@@ -273,7 +298,6 @@ def test_who_leaves_or_starts_anew_is_measured_again():
     assert set(found.nodes) == {"a", "b"}
 
 
-@pytest.mark.feature("P16", "P17")
 def test_the_form_for_programs_tells_everything():
     found = of({("a", "b"): edge(100, 2e-3, back=50, medium="wifi", peer_medium="ethernet", address="10.0.0.2", measured_at=5.0)})
     found.join(Node(peer="a", incarnation="0" * 16, name="attic", slots=2, addresses=("10.0.0.1",), profile={"cores": 8}))
