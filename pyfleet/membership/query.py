@@ -24,10 +24,7 @@ def own_self(cluster: ClusterConfig) -> Self:
 
     Raises:  ConfigError without a secret: nodes answer members only.
     """
-    namespace = Namespace.configured(cluster)
-    if namespace is None:
-        raise ConfigError("nodes answer only who shares their secret: set psk_file (PYFLEET_PSK_FILE)")
-    return Self(node_key(cluster, strict=False), namespace)
+    return Self(node_key(cluster, strict=False), Namespace.required(cluster))
 
 
 def status_at(own: Self, address: str, port: int, timeout: float) -> dict[str, Any]:
@@ -69,7 +66,7 @@ def find_status(cluster: ClusterConfig, master: str | None, timeout: float) -> d
     trouble = "nobody of this namespace is in sight"
     with contextlib.ExitStack() as looking:
         for kind in configured(cluster):
-            discovery = open_discovery(kind, cluster, own.namespace.tag)
+            discovery = open_discovery(kind, cluster, own.namespace)
             discovery.start(None, events.put)
             looking.callback(discovery.close)
         while deadline.left():

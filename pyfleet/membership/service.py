@@ -717,15 +717,12 @@ def open_service(cluster: ClusterConfig, *, slots: int = 1, min_nodes: int = 1) 
 
     Raises:  ConfigError without a PSK: whoever is on the network could join; for a key or PSK that cannot be used.
     """
-    namespace = Namespace.configured(cluster)
-    if namespace is None:
-        raise ConfigError("nodes that find each other need a secret, or anybody on the network could join: "
-                          "`pyfleet keys psk` makes one; psk_file (PYFLEET_PSK_FILE) says where it is")
+    namespace = Namespace.required(cluster)
     if cluster.role is NodeRole.WORKER and cluster.master_addr is not None:
         host = f"[{cluster.master_addr}]" if ":" in cluster.master_addr else cluster.master_addr
         cluster = copy.copy(cluster)
         cluster.static_peers = (*cluster.static_peers, f"{host}:{cluster.master_port}")
-    discoveries = [open_discovery(kind, cluster, namespace.tag) for kind in configured(cluster)]
+    discoveries = [open_discovery(kind, cluster, namespace) for kind in configured(cluster)]
     key, facts = node_key(cluster, strict=True), profile(home_folder(cluster.home))
     return Service(Self(key, namespace), cluster, discoveries, slots=slots, min_nodes=min_nodes, profile=facts,
                    version=str(facts["versions"]["pyfleet"] or ""))

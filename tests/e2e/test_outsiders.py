@@ -161,13 +161,13 @@ def test_a_relay_learns_nothing_and_what_it_recorded_opens_no_door(siege):
 
 def test_cloned_records_lead_nobody_astray(siege):
     """The records of discovery are public: an outsider announces a member's peer id, and a thousand others, as his own."""
-    tag = Namespace.from_psk(PSK).tag
+    outside = Namespace.from_psk("another secret of somebody")
     victim = siege.nodes[1].status()
     with contextlib.ExitStack() as cheats:
         def cheat():
             for peer, incarnation in ((victim["peer"], "ab" * 8), (victim["peer"], victim["incarnation"]),
                                       (NodeKey.generate().peer_id, "cd" * 8)):
-                discovery = open_discovery("mdns", ClusterConfig(iface="eth0"), tag)
+                discovery = open_discovery("mdns", ClusterConfig(iface="eth0"), namespace)
                 discovery.start(Announcement(peer, incarnation, PORT, "cheat", (siege.network.address(2),)), lambda event: None)
                 cheats.callback(discovery.close)
         inside(siege.network.namespace(2), cheat)
