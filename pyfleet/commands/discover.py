@@ -9,8 +9,7 @@ from typing import Any
 
 from pyfleet.commands.base import Parser, Refused, refuse
 from pyfleet.config import ClusterConfig, load_config
-from pyfleet.discovery import Gone, Seen, open_discovery
-from pyfleet.discovery.base import Event
+from pyfleet.discovery import Seen, look
 from pyfleet.discovery.mdns import interfaces
 from pyfleet.errors import ConfigError
 from pyfleet.identity import NodeKey, short_id
@@ -55,30 +54,6 @@ def main(argv: list[str] | None = None, prog: str = "pyfleet discover") -> int:
         for line in remarks(namespace, shown, len(everybody) - len(shown), options.timeout):
             print(line, file=sys.stderr)
     return 0 if shown else 1
-
-
-def look(cluster: ClusterConfig, namespace: Namespace | None, timeout_s: float) -> list[Seen]:
-    """Everybody who is seen on the network within that time and has not left again. Ends early on Ctrl-C.
-
-    Raises:  ConfigError where discovery is turned off.
-    """
-    found: dict[tuple[str, str], Seen] = {}
-
-    def take(event: Event) -> None:
-        if isinstance(event, Gone):
-            found.pop((event.peer, event.incarnation), None)
-        else:
-            found[event.sighting.peer, event.sighting.incarnation] = event
-
-    discovery = open_discovery("mdns", cluster, namespace, everybody=True)
-    try:
-        discovery.start(None, take)
-        threading.Event().wait(timeout_s)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        discovery.close()
-    return list(found.values())
 
 
 def nodes(found: list[Seen], tag: str | None, own_peer: str | None, here: set[str]) -> list[dict[str, Any]]:

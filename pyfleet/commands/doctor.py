@@ -7,8 +7,14 @@ from dataclasses import asdict
 
 from pyfleet.checks import CHECKS, FAIL, OK, SKIPPED, WARN, Finding, Subject, run
 from pyfleet.commands.base import Parser, Refused, refuse
-from pyfleet.config import load_config, nearest
+from pyfleet.config import ClusterConfig, load_config, nearest
+from pyfleet.discovery import Seen, look
 from pyfleet.errors import ConfigError
+from pyfleet.identity import Namespace
+from pyfleet.members import Node
+
+LOOK_S = 2.0                # nodes answer within 0.15 s; a second question follows after 1 s
+NEED_OTHERS = {"identity", "versions"}
 
 COLOURS = {OK: "green", WARN: "yellow", FAIL: "bold red", SKIPPED: "dim"}
 
@@ -36,13 +42,31 @@ def main(argv: list[str] | None = None, prog: str = "pyfleet doctor") -> int:
     except ConfigError as error:
         findings = [Finding("settings", FAIL, str(error), "correct it where it says; other checks have to wait")]
     else:
-        findings = run(Subject(cluster, num_ranks=options.nproc, peers=options.peer), options.checks or CHECKS)
+        seen = look_around(cluster) if NEED_OTHERS.intersection(options.checks or CHECKS) else None
+        findings = run(Subject(
+            cluster, num_ranks=options.nproc, peers=[*options.peer, *cluster.static_peers],
+            sightings=None if seen is None else [each.sighting for each in seen],
+            nodes=None if seen is None else [Node(peer=each.sighting.peer, incarnation=each.sighting.incarnation,
+                                                  name=each.sighting.name, version=each.version, protocol=each.protocol)
+                                             for each in seen]), options.checks or CHECKS)
     failed = any(finding.status == FAIL for finding in findings)
     if options.json:
         print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}, indent=2))
     else:
         show(findings)
     return 1 if failed else 0
+
+
+def look_around(cluster: ClusterConfig) -> list[Seen] | None:
+    """Who is on the network in our namespace, or in any where we have no PSK; None where it cannot be found out."""
+    try:
+        namespace = Namespace.configured(cluster)
+    except ConfigError:             # a finding of its own
+        namespace = None
+    try:
+        return [seen for seen in look(cluster, namespace, LOOK_S) if namespace is None or seen.tag == namespace.tag]
+    except (ConfigError, OSError):  # discovery is turned off, or there is no network
+        return None
 
 
 def show(findings: list[Finding]) -> None:

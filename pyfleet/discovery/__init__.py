@@ -4,10 +4,11 @@ What discovery says is a hint where to connect. Who a node is, and whether it be
 """
 from __future__ import annotations
 
+import threading
 from importlib import import_module
 
 from pyfleet.config import ClusterConfig
-from pyfleet.discovery.base import Announcement, Belonging, Discovery, Gone, Seen
+from pyfleet.discovery.base import Announcement, Belonging, Discovery, Event, Gone, Seen
 from pyfleet.errors import ConfigError
 
 DISCOVERY = {       # kind -> how it is done
@@ -15,7 +16,7 @@ DISCOVERY = {       # kind -> how it is done
     "static": "pyfleet.discovery.static:StaticDiscovery",
 }
 
-__all__ = ["DISCOVERY", "Announcement", "Belonging", "Discovery", "Gone", "Seen", "configured", "open_discovery"]
+__all__ = ["DISCOVERY", "Announcement", "Belonging", "Discovery", "Gone", "Seen", "configured", "look", "open_discovery"]
 
 
 def configured(cluster: ClusterConfig) -> list[str]:
@@ -36,3 +37,28 @@ def open_discovery(kind: str, cluster: ClusterConfig, namespace: Belonging | Non
         raise ConfigError("discovery by mDNS is turned off (cluster.discovery_enabled, PYFLEET_DISCOVERY_ENABLED)")
     module, _, name = DISCOVERY[kind].partition(":")
     return getattr(import_module(module), name)(cluster, namespace, everybody)
+
+
+def look(cluster: ClusterConfig, namespace: Belonging | None, timeout_s: float) -> list[Seen]:
+    """Everybody who is seen on the network within that time and has not left again. Ends early on Ctrl-C.
+
+    Args:    namespace: whose nodes can prove what they say; nodes of others are seen, too.
+    Raises:  ConfigError where discovery is turned off.
+    """
+    found: dict[tuple[str, str], Seen] = {}
+
+    def take(event: Event) -> None:
+        if isinstance(event, Gone):
+            found.pop((event.peer, event.incarnation), None)
+        else:
+            found[event.sighting.peer, event.sighting.incarnation] = event
+
+    discovery = open_discovery("mdns", cluster, namespace, everybody=True)
+    try:
+        discovery.start(None, take)
+        threading.Event().wait(timeout_s)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        discovery.close()
+    return list(found.values())

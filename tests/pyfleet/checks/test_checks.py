@@ -1,4 +1,5 @@
 """Checks whose trouble cannot be caused here: what others have said, and what only other machines have."""
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from pyfleet import checks
 from pyfleet.checks import CHECKS, FAIL, OK, SKIPPED, WARN, Subject, clock, identity, interfaces, limits, versions
 from pyfleet.config import ClusterConfig
+from pyfleet.interfaces import ETHERNET, THUNDERBOLT, WIFI, Interface
 from pyfleet.members import PROTOCOL, Node, Sighting
 
 ANA, BOB = "a" * 52, "b" * 52
@@ -62,17 +64,15 @@ def test_a_core_that_does_not_load_is_a_failure(monkeypatch):
     assert finding.status == FAIL and "fleetcore does not load: No module named" in finding.seen and "install pyfleet again" in finding.advice
 
 
-@pytest.mark.parametrize(("there", "way_out", "wireless", "status", "told"), [
-    ({"eth0": ["10.0.0.1"], "wlan0": ["10.0.0.2"]}, "10.0.0.1", {"wlan0"}, OK, "eth0 leads out"),
-    ({"eth0": ["10.0.0.1"], "wlan0": ["10.0.0.2"]}, "10.0.0.2", {"wlan0"}, WARN, "PYFLEET_IFACE=eth0"),
-    ({"wlan0": ["10.0.0.2"]}, "10.0.0.2", {"wlan0"}, WARN, "WiFi alone"),
-    ({"bridge0": ["169.254.7.7"]}, None, set(), WARN, "only self-assigned addresses"),
-    ({"bridge0": ["10.0.0.1"]}, None, set(), OK, "bridge0 (wired: 10.0.0.1)"),
+ETH0, WLAN0 = Interface("eth0", ETHERNET, ("10.0.0.1", "fe80::1%eth0"), (24, 64), 1500), Interface("wlan0", WIFI, ("10.0.0.2",), (24,), 1500)
+
+
+@pytest.mark.parametrize(("there", "way_out", "status", "told"), [
+    ([ETH0, WLAN0], "10.0.0.1", OK, "eth0 leads out"), ([ETH0, WLAN0], "10.0.0.2", WARN, "PYFLEET_IFACE=eth0"),
+    ([WLAN0], "10.0.0.2", WARN, "WiFi alone"), ([replace(ETH0, addresses=("169.254.7.7",))], None, WARN, "only self-assigned addresses"),
+    ([replace(ETH0, medium=THUNDERBOLT)], None, OK, "eth0 (thunderbolt: 10.0.0.1)"),
 ])
-def test_the_choice_of_an_interface(monkeypatch, tmp_path, there, way_out, wireless, status, told):
-    for name in wireless:
-        (tmp_path / name / "wireless").mkdir(parents=True)
-    monkeypatch.setattr(interfaces, "SYS_NET", tmp_path)
+def test_the_choice_of_an_interface(monkeypatch, there, way_out, status, told):
     monkeypatch.setattr(interfaces, "candidates", lambda: there)
     monkeypatch.setattr(interfaces, "leads_out", lambda: way_out)
     finding = seen(interfaces)["interfaces"]
