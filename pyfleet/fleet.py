@@ -23,6 +23,9 @@ from pyfleet.placement import Placement, placement
 from pyfleet.rendezvous import open_store
 from pyfleet.wiring import Deadline, Exchange, connect, host_id, make_arena, meet, own_peer
 
+# What a membership counts: in this process, or in the agent beside it.
+AGENTS_METRICS = ("pyfleet_heartbeats_total", "pyfleet_heartbeat_latency_seconds", "pyfleet_control_bytes_total",
+                  "pyfleet_elections_total", "pyfleet_view_changes_total", "pyfleet_peers")
 _lock = threading.Lock()
 _fleets: dict[engines.Engine, Fleet] = {}       # one, unless threads are ranks
 
@@ -119,8 +122,14 @@ class Fleet:
                                       "compression_choices": choice.choices(self.engine)}
 
     def metrics(self) -> dict[str, dict]:
-        """What this process counted, as values that JSON can carry: see pyfleet.metrics.Registry.snapshot."""
-        return metrics.REGISTRY.snapshot()
+        """What this process counted, and its node's agent where there is one, as values that JSON can carry: see
+        pyfleet.metrics.Registry.snapshot."""
+        found = metrics.REGISTRY.snapshot()
+        if self.membership is not None:
+            with contextlib.suppress(FleetError):           # an agent that is gone counts nothing more
+                told = self.membership.contact.ask("metrics")
+                found |= {name: told[name] for name in AGENTS_METRICS if name in told}
+        return found
 
     def families(self) -> list[metrics.Family]:
         """What the fleet knows beside what its engine counts, for the metrics of the process."""

@@ -13,7 +13,7 @@ EXPORTERS = {       # the setting that asks for it -> the kind
     "metrics_file": "pyfleet.exporters.jsonl:JsonLinesExporter",
 }
 
-__all__ = ["EXPORTERS", "Exporter", "open_all", "wanted"]
+__all__ = ["EXPORTERS", "Exporter", "kind_of", "open_all", "wanted"]
 
 log = logging.getLogger("pyfleet.metrics")
 
@@ -23,13 +23,16 @@ def wanted(cluster: ClusterConfig) -> list[type[Exporter]]:
 
     Raises:  ConfigError when one of them cannot work here.
     """
-    kinds = []
-    for setting, target in EXPORTERS.items():
-        if getattr(cluster, setting) is not None:
-            module, name = target.split(":")
-            kinds.append(getattr(import_module(module), name))
-            kinds[-1].check()
+    kinds = [kind_of(setting) for setting in EXPORTERS if getattr(cluster, setting) is not None]
+    for kind in kinds:
+        kind.check()
     return kinds
+
+
+def kind_of(setting: str) -> type[Exporter]:
+    """The kind that a setting asks for."""
+    module, name = EXPORTERS[setting].split(":")
+    return getattr(import_module(module), name)
 
 
 def open_all(kinds: list[type[Exporter]], registry: Registry, cluster: ClusterConfig, rank: int,

@@ -2,7 +2,8 @@
 
     python -m pyfleet.membership.agent --socket PATH [--slots N] [--min-nodes N]
 
-Settings come from the environment, as a rank's do. Whoever may open the socket may ask (see pyfleet.contact); it ends, with
+Settings come from the environment, as a rank's do; where they name a metrics_port, the agent's metrics are at the port after
+those of its ranks. Whoever may open the socket may ask (see pyfleet.contact); it ends, with
 a good-bye to the fleet, when its standard input does, or on SIGTERM.
 """
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from pyfleet import exporters, metrics
 from pyfleet.config import ClusterConfig, load_config
 from pyfleet.contact import LARGEST_BYTES, LENGTH, answer_of, pack
 from pyfleet.errors import ConfigError, FleetError
@@ -80,11 +82,16 @@ async def _run(path: str, cluster: ClusterConfig, slots: int, min_nodes: int) ->
             until.set()
     with contextlib.suppress(PermissionError):          # a file as standard input: nobody to wait for
         loop.add_reader(0, hear)
+    wanted = [kind for kind in exporters.wanted(cluster) if kind is exporters.kind_of("metrics_port")]
     service = open_service(cluster, slots=slots, min_nodes=min_nodes)
     await service.open()
+    # The ranks of this node have the ports up to metrics_port + slots - 1; files are theirs.
+    opened = exporters.open_all(wanted, metrics.REGISTRY, cluster, -1, slots)
     try:
         await serve(path, service, until)
     finally:
+        for exporter in opened:
+            exporter.close()
         await service.close()
 
 

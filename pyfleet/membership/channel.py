@@ -21,6 +21,7 @@ from pyfleet.errors import AuthFailed, ConfigError, NotEnoughPeers
 from pyfleet.identity import Initiator, Namespace, NodeKey, Purpose, Responder, Session, Throttle, ciphers, peer_id
 from pyfleet.identity.handshake import Kind
 from pyfleet.membership.messages import LARGEST_BYTES, Message, decode, encode
+from pyfleet.metrics import CONNECTION_ATTEMPTS, CONNECTIONS_REFUSED, CONTROL_BYTES, HANDSHAKE_FAILURES
 
 SEALED = ciphers.CHACHA20_POLY1305      # messages are small and rare: the cipher that every machine has will do
 MOST_STRANGERS = 64         # connections that have not proved anything yet; the oldest goes when one more comes
@@ -91,6 +92,7 @@ class Channel:
         sealed = bindings.crypto_aead_chacha20poly1305_ietf_encrypt(text, head, _nonce(self._num_sent), self.session.send_key)
         self._num_sent += 1
         self.bytes_sent += len(head) + len(sealed)
+        CONTROL_BYTES.inc(len(head) + len(sealed), direction="sent")
         self._writer.write(head + sealed)
 
     async def receive(self) -> Message:
@@ -119,6 +121,7 @@ class Channel:
             raise self._end(Closed(f"it broke the protocol: {error}", by_peer=False)) from None
         self._num_received += 1
         self.bytes_received += _LENGTH.size + size
+        CONTROL_BYTES.inc(_LENGTH.size + size, direction="received")
         return message
 
     def _end(self, reason: Closed) -> Closed:
@@ -167,10 +170,15 @@ async def dial(own: Self, host: str, port: int, *, kind: int = Kind.MEMBER, expe
                 if initiator.session is None and initiator.peer and (problem := wants(peer_id(initiator.peer))):
                     raise NotEnoughPeers(f"{where}: {problem}")
                 writer.write(reply)
+        CONNECTION_ATTEMPTS.inc(outcome="connected")
         return reader, writer, initiator.session
     except BaseException as error:
         if writer is not None:
             writer.transport.abort()
+        is_refused = isinstance(error, (AuthFailed, ConnectionResetError))
+        CONNECTION_ATTEMPTS.inc(outcome="refused" if is_refused else "unreachable")
+        if is_refused:
+            HANDSHAKE_FAILURES.inc(side="dialled")
         if isinstance(error, AuthFailed):
             raise AuthFailed(f"{where}: {error}") from None
         if isinstance(error, TimeoutError):
@@ -275,9 +283,11 @@ class Door:
         address = (writer.get_extra_info("peername") or ("?",))[0]
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         if not self._throttle.allows(address, loop.time()):
+            CONNECTIONS_REFUSED.inc(reason="throttled")
             writer.transport.abort()
             return
         if len(self._strangers) >= MOST_STRANGERS:
+            CONNECTIONS_REFUSED.inc(reason="crowded")
             oldest = next(iter(self._strangers))
             self._strangers.pop(oldest).transport.abort()
             oldest.cancel()
@@ -290,6 +300,9 @@ class Door:
             self._throttle.failed(address, loop.time())
             level = logging.WARNING if self._throttle.allows(address, loop.time()) else logging.DEBUG
             reason = str(error) or f"silent for {self._patience_s:g} s"
+            CONNECTIONS_REFUSED.inc(reason="handshake" if str(error) else "silent")
+            if str(error):
+                HANDSHAKE_FAILURES.inc(side="accepted")
             log.log(level, "refused a control connection from %s: %s", address, reason)
             self._on_refused(address, reason)
         except (OSError, EOFError, asyncio.CancelledError):

@@ -26,10 +26,11 @@ from typing import Any
 
 import msgspec
 
+from pyfleet import metrics
 from pyfleet.config import ClusterConfig, NodeRole
 from pyfleet.contact import Contact
 from pyfleet.discovery import Announcement, Discovery, Seen, configured, open_discovery
-from pyfleet.discovery.base import Event
+from pyfleet.discovery.base import CLOSING_S, Event
 from pyfleet.errors import AuthFailed, ConfigError, FleetError, NotEnoughPeers
 from pyfleet.identity import Namespace, Session, short_id
 from pyfleet.identity.handshake import Kind
@@ -94,7 +95,7 @@ class Service:
         self.nodes: dict[str, Node] = {}                    # what neighbours, and this node, say of themselves
         self.views: dict[tuple[str, int], View] = {}        # the last ones, for the meetings of their ranks
         self._starts: dict[tuple[str, int], dict] = {}      # what leaders said when ranks were to start
-        self._installed_at = 0.0
+        self._installed_at, self._last_leader = 0.0, ""
         self.num_refused = 0
         self.clones: deque[str] = deque(maxlen=MOST_TROUBLES)
         self.troubles: deque[str] = deque(maxlen=MOST_TROUBLES)
@@ -138,14 +139,19 @@ class Service:
         """Leave: say good-bye to everybody, and end within a second or two."""
         self._is_closing = True
         self._act(self.election.leave(clock(), reason))
-        closing = [asyncio.to_thread(discovery.close) for discovery in self.discoveries]
+        # Threads of our own: an interpreter that ends has no executor any more.
+        closing = [threading.Thread(target=discovery.close, daemon=True) for discovery in self.discoveries]
+        for thread in closing:
+            thread.start()
         channels, self.channels = list(self.channels.values()), {}
         if self._alarm is not None:
             self._alarm.cancel()
-        await asyncio.gather(*(channel.close(FAREWELL_S) for channel in channels), *closing, self.door.close())
+        await asyncio.gather(*(channel.close(FAREWELL_S) for channel in channels), self.door.close())
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for thread in closing:
+            thread.join(CLOSING_S)
 
     def _spawn(self, work: Coroutine) -> asyncio.Task:
         task = self._loop.create_task(work)
@@ -306,6 +312,9 @@ class Service:
         self._act(self.health.received(peer, message, now))
         match message:
             case messages.Ping() | messages.Pong():
+                metrics.HEARTBEATS.inc(direction="received")
+                if isinstance(message, messages.Pong) and self.health.trip_ms(peer) is not None:
+                    metrics.HEARTBEAT_LATENCY.observe(self.health.trip_ms(peer) / 1000)
                 self._act(self.election.heard(peer, now))
             case messages.Known(nodes):
                 self._act(self.roster.known(nodes, now))
@@ -328,6 +337,8 @@ class Service:
                 case Send(peer, message) | Beat(peer, message):
                     if peer in self.channels:
                         self.channels[peer].send(message)
+                        if isinstance(action, Beat):
+                            metrics.HEARTBEATS.inc(direction="sent")
                 case Changed(peer, state, silent_s) if state == SILENT:
                     log.warning("%s has been silent for %.1f s", self._name(peer), silent_s)
                     channel = self.channels[peer]
@@ -362,6 +373,10 @@ class Service:
         self.clones.append(text)
 
     def _install(self, view: View) -> None:
+        if view.leader != self._last_leader:
+            metrics.ELECTIONS.inc(outcome="won" if view.leader == self.node.peer else "lost")
+            self._last_leader = view.leader
+        metrics.VIEW_CHANGES.inc()
         self.views[view.fleet, view.epoch], self._installed_at = view, clock()
         while len(self.views) > MOST_MEETINGS:
             oldest = next(iter(self.views))
@@ -375,6 +390,9 @@ class Service:
         self._has_changed()
 
     def _has_changed(self) -> None:
+        view = self.election.view
+        metrics.PEERS.set(len(self.channels), state="connected")
+        metrics.PEERS.set(len(view.seats) - 1 if view is not None else 0, state="in_view")
         self._changed_at = clock()
         self._changed.set()
         self._changed = asyncio.Event()
@@ -525,6 +543,8 @@ class Service:
             case {"ask": "view", "fleet": str(fleet), "epoch": int(epoch)} if (fleet, epoch) in self.views:
                 return {"view": msgspec.to_builtins(self.views[fleet, epoch]),
                         "links": self._starts.get((fleet, epoch), {}).get("links")}
+            case {"ask": "metrics"}:
+                return metrics.REGISTRY.snapshot()
             case {"ask": "peers", "count": int(count), "timeout": float(timeout)}:
                 return await self._peers(count, timeout)
             case {"ask": "ready", "min_nodes": int(min_nodes), "timeout": float(timeout)}:

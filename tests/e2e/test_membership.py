@@ -93,3 +93,78 @@ def test_a_partition_has_one_leader_and_heals(fleet, minority):
             time.sleep(0.1)
     wait_for(lambda: agree(nodes), JOIN_S + CUT_S, "all are together again", fleet.agents)
     assert agree(nodes)["leader"] == agree(rest + away)["leader"] and len(members(agree(nodes))) == 4
+
+
+def test_who_was_stopped_for_a_while_is_missed_and_comes_back(fleet):
+    """A stopped process's kernel still answers TCP: only heartbeats tell. Its own clock has jumped when it goes on."""
+    nodes = fleet(3)
+    quiet = next(node for node in nodes if not node.status()["is_leading"])
+    rest = [node for node in nodes if node is not quiet]
+    quiet.stop()
+    print("stopped", wait_for(lambda: agree(rest), CUT_S, "the stopped one is out", fleet.agents))
+    quiet.resume()
+    print("resumed", wait_for(lambda: agree(nodes), JOIN_S + CUT_S, "it is back", fleet.agents))
+
+
+@pytest.mark.feature("P14", "P18")
+def test_a_node_keeps_its_peer_id_over_a_restart_and_loses_its_seniority(fleet):
+    nodes = fleet(2)
+    leader = next(node for node in nodes if node.status()["is_leading"])
+    other = next(node for node in nodes if node is not leader)
+    peer = leader.status()["peer"]
+    leader.leave()
+    wait_for(lambda: agree([other]), KILL_S, "the other leads", fleet.agents)
+    again = fleet.agents.start(leader.host, leader.name)
+    wait_for(lambda: agree([other, again]), JOIN_S, "it is back", fleet.agents)
+    assert again.status()["peer"] == peer and again.status()["leader"] == other.status()["peer"]
+
+
+@pytest.mark.feature("P14")
+def test_a_copied_key_is_named(fleet):
+    nodes = fleet(2)
+    copy = fleet.agents.start(2, env={"PYFLEET_HOME": str(nodes[1].home)})
+    wait_for(lambda: any("identity" in text for text in copy.status()["clones"]) if copy.status() else False, 15,
+             "the copy is noticed", fleet.agents)
+    assert "pyfleet keys new --replace" in copy.output
+    assert agree(nodes)
+
+
+@pytest.mark.feature("S4")
+def test_a_node_with_a_dead_address_is_reached_at_the_other(fleet):
+    """It announces both; nobody has a way to the first: packets to it vanish."""
+    command = ["ip", "addr", "add", "10.78.0.1/24", "dev", "eth0"]
+    fleet.network.run(1, command)
+    fleet.network.run(0, ["ip", "route", "add", "10.78.0.0/24", "via", fleet.network.address(7)])     # who does not forward
+    dead = {"PYFLEET_DISCOVERY_ENABLED": "off"}
+    nodes = [fleet.agents.start(1, env=dead), fleet.agents.start(0, env=dead | {"PYFLEET_STATIC_PEERS": fleet.network.address(1)})]
+    wait_for(lambda: agree(nodes), FORM_S, "they meet", fleet.agents)
+    own, = [node for node in nodes[0].status()["nodes"] if node["is_self"]]
+    assert set(own["addresses"]) >= {"10.78.0.1", fleet.network.address(1)}
+    late = fleet.agents.start(2, env=dead | {"PYFLEET_STATIC_PEERS": fleet.network.address(0)})     # hears of both by gossip
+    fleet.network.run(2, ["ip", "route", "add", "10.78.0.0/24", "via", fleet.network.address(7)])
+    wait_for(lambda: agree([*nodes, late]), JOIN_S, "the third meets both", fleet.agents)
+
+
+@pytest.mark.slow
+def test_fifty_leaders_are_killed_in_a_row(fleet):
+    nodes, took = fleet(4), []
+    for _ in range(50):
+        leader = next(node for node in nodes if node.status()["is_leading"])
+        nodes.remove(leader)
+        leader.kill()
+        took.append(wait_for(lambda: agree(nodes), KILL_S, "a new leader", fleet.agents))
+        nodes.append(fleet.agents.start(leader.host, leader.name))
+        wait_for(lambda: agree(nodes), JOIN_S + 2, "the old one is back", fleet.agents)
+    print(f"a new leader everywhere after {sorted(took)[25]:.2f} s, at most {max(took):.2f} s, 50 times")
+
+
+@pytest.mark.slow
+def test_an_idle_fleet_of_eight_is_quiet(fleet):
+    """Everything counts that leaves the machine, Ethernet headers and discovery included."""
+    nodes = fleet(8)
+    time.sleep(8)                       # until every way has been measured
+    before = [fleet.network.traffic(host)[0] for host in range(8)]
+    time.sleep(60)
+    rates = [(fleet.network.traffic(host)[0] - sent) / 60 for host, sent in enumerate(before)]
+    print("bytes/s sent by each node:", [round(rate) for rate in rates])
+    assert agree(nodes) and max(rates) < 1000

@@ -190,7 +190,7 @@ def test_neither_the_secret_nor_a_gradient_is_on_the_wire(siege, tmp_path):
     pattern = b"gradient"
     script = ("import numpy as np, pyfleet\nf = pyfleet.init(min_nodes=2, timeout=20)\n"
               f"x = np.tile(np.frombuffer({pattern!r}, np.int64), 100000)\npyfleet.broadcast(x)\n"
-              "pyfleet.barrier(); print('done', f.stats()['bytes_sent'])")
+              "pyfleet.barrier(); print('done')")
     for node in siege.nodes:
         node.close()
     env = {"PYFLEET_PSK": PSK, "PYFLEET_IFACE": "eth0", "PYTHONPATH": os.pathsep.join(sys.path)}
