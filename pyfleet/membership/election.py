@@ -404,11 +404,11 @@ class Election:
         if self.view is None:
             if self._consent is not None:
                 times.append(self._consent[2])
-            if self._target():
+            elif self._target():
                 times.append(self._next_join)
             elif self._founding is not None:
                 times.append(self._founding.until)
-            elif self._consent is None:
+            else:
                 times.append(self._founds_at())
         else:
             times += [self._lost_since + settings.lost_s, self._next_retry]

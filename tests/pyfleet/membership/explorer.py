@@ -246,11 +246,13 @@ def agreed(state):
 
 def settle(state, holds, seconds=20.0):
     """Deliver everything in order, reconnect, fire timers when due, until this holds and nothing is under way."""
-    end = state.now + seconds
+    end, last = state.now + seconds, []
     while True:
         timers = []
         for what, act in moves(state, faults=False):
             if what[0] != "timer":
+                last.append(what)
+                assert len(last) < 5000, "messages without end:\n" + "\n".join(map(str, last[-20:]))
                 act(state)
                 break
             timers.append(act)
@@ -259,6 +261,8 @@ def settle(state, holds, seconds=20.0):
                 return
             told = {name: local and (local.election.state, local.election.view) for name, local in state.nodes.items()}
             assert timers, f"nothing happens any more: {told}"
+            last.append("a timer")
+            assert len(last) < 5000, f"timers without end: {told}"
             timers[0](state)
             assert state.now < end, f"no agreement within {seconds} s: {told}"
 
