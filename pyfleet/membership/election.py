@@ -62,7 +62,8 @@ class ElectionSettings:
         found_s:    for the answers to a founder;  consent_s: for its decision.
         retry_s:    between requests to join and other repetitions.
         batch_s:    changes that come within it go into one view.
-        ballot_s:   for the answers to a proposer;  backoff_s: before its next ballot, times its place and its failures.
+        ballot_s:   for the answers to a proposer, doubled with every failure, as nobody knows how slow the network is;
+        backoff_s:  before its next ballot, times its place, and doubled likewise.
         lease_s:    whoever has not heard a quorum for so long no longer leads. Less than the silence after which the
                     others count a peer as down (HealthSettings.dead_after_s), so that there is no second leader before.
         lost_s:     how long a fleet must be beyond help before it is dropped.
@@ -547,7 +548,7 @@ class Election:
         if (self._ballots.attempt is not None or not proposes or not self._can_decide()
                 or self._now < max(self._wanted_since + self._batch_s(), self._not_before)):
             return []
-        self._attempt_until = self._now + self.settings.ballot_s
+        self._attempt_until = self._now + self.settings.ballot_s * 2 ** min(self._num_failed, 4)
         view = View(fleet=self.view.fleet, epoch=self.view.epoch + 1, seats=self._in_order(seats),
                     step=max(self.step, self.view.step))
         return [*self._ballots.propose(view, self._dead_peers()), *self._take_decision()]

@@ -73,5 +73,5 @@ class Fleet(RuleBasedStateMachine):
 
 
 TestFleet = Fleet.TestCase
-TestFleet.settings = settings(max_examples=60, stateful_step_count=25, deadline=None,
+TestFleet.settings = settings(max_examples=100, stateful_step_count=30, deadline=None,
                               suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
