@@ -494,9 +494,8 @@ class Election:
         if self.view is not None or not fleets:
             return None
         best = max(fleets, key=_rank)
-        if best.leader in self._up:
-            return best.fleet, best.leader
-        return best.fleet, min(peer for peer, status in self._statuses.items() if status.fleet == best.fleet)
+        members = [peer for peer, status in self._statuses.items() if status.fleet == best.fleet]
+        return best.fleet, best.leader if best.leader in members else min(members)
 
     def _others(self) -> dict[str, messages.Status]:
         """The other fleets in sight that are at work: fleet -> what its latest view is like."""
@@ -672,10 +671,8 @@ class Election:
         """Whether no member that could still come back would make a quorum."""
         if self._can_decide():
             return False
-        dead = self._dead_peers()
-        return all(self._is_present(seat.peer) or seat.peer in dead
-                   or (seat.peer in self._up and self._up[seat.peer].incarnation != seat.incarnation)
-                   for seat in self.view.seats)
+        dead = self._dead_peers()               # who is connected and yet not present has restarted, or lost the view for good
+        return all(peer == self.own.peer or peer in dead or peer in self._up for peer in self.view.peers)
 
     def _proposes(self) -> bool:
         """Whether this node is the most senior member that is here."""

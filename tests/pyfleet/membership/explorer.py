@@ -22,7 +22,7 @@ from pyfleet.membership.ballots import Ballots, Send
 from pyfleet.membership.election import Election, Installed
 from tests.pyfleet.membership.world import node
 
-_CONSTANT = {"own", "min_nodes", "settings", "deadline", "num_views", "_order", "_now"}
+_CONSTANT = {"own", "min_nodes", "settings", "num_views", "_order", "_now"}
 _MESSAGES, _NUMBERS = [], {}                            # under way are numbers: a message is hashed once, and not in every state
 
 
@@ -259,10 +259,11 @@ def settle(state, holds, seconds=20.0):
         else:
             if holds():
                 return
-            told = {name: local and (local.election.state, local.election.view) for name, local in state.nodes.items()}
+            told = {name: local and (local.election.state, local.election.deadline, local.election.view)
+                    for name, local in state.nodes.items()}
             assert timers, f"nothing happens any more: {told}"
             last.append("a timer")
-            assert len(last) < 5000, f"timers without end: {told}"
+            assert len(last) < 5000, f"timers without end at {state.now}: {told}"
             timers[0](state)
             assert state.now < end, f"no agreement within {seconds} s: {told}"
 
