@@ -1,8 +1,8 @@
 """Every order of events of a few elections, up to bounds: messages of each pair in order, faults and timers anywhere.
 
 A fault is a crash (the kernel ends the connections behind what was sent; also in the middle of what a step sends), or a
-cut of the network in two, or of one pair. Free of charge: silence noticed at each end of a cut, healing, reconnecting, and
-one restart per crash as a new incarnation. Timers fire in the order of their deadlines, before or after any message.
+cut of the network in two, or of one pair. Free of charge: silence noticed at each end of a cut, healing, and
+reconnecting. Timers fire in the order of their deadlines, before or after any message.
 
 In every state: all views that anybody installed of one epoch are one view, and the epochs of an incarnation grow.
 From every `sample`-th state, with the network healed, the dead restarted and everything fair: all end up in one view.
