@@ -3,6 +3,7 @@
 roster    whom we know and whom to connect to          events and time in, actions out, no sockets, no clock
 health    who is alive, and how far away
 election  which view comes next, and who leads it
+ballots   the votes about one next view
 topology  what the nodes can do, what lies between them, in which order they form a ring
 messages  what nodes say to each other                 schema and limits
 channel   a proven, sealed control connection          asyncio

@@ -3,14 +3,15 @@
 Two quorums of an epoch always meet in a living voter, or in dead ones whose votes the survivors know:
 
 * the ordinary quorum: more than half of the members, or exactly half of them with the view's leader among them;
-* the survivors' quorum: every member that is not proven dead. Proof (see Election.down) means two things. The dead one is
-  really gone, and all its votes are known here: whoever accepts a view tells every other member so, before it answers the
-  proposer, and again on every new connection. So the votes of the dead count when a proposer asks what was accepted
-  before, and a vote of theirs in a higher ballot stops a decision of the survivors.
+* the survivors' quorum: every member that is not proven dead. Proof (see Election.down) means two things. The dead
+  one is really gone, and all its votes are known here: whoever accepts a view tells every other member so, before it
+  answers the proposer, and again on every new connection. So the votes of the dead count when a proposer asks what
+  was accepted before, and a vote of theirs in a higher ballot stops a decision of the survivors.
 
-A mere majority of those not proven dead is not enough. Seven members, X and Y promise C's ballot 2 and die, A knows that
-and decides in ballot 0 with two of the five others, while C, who does not know it, goes on to decide in ballot 2 with
-four of seven who had not heard of A's decision: two views. With every survivor in the quorum, C is in it or proven dead.
+A mere majority of those not proven dead is not enough. Seven members, X and Y promise C's ballot 2 and die, A knows
+that and decides in ballot 0 with two of the five others, while C, who does not know it, goes on to decide in ballot
+2 with four of seven who had not heard of A's decision: two views. With every survivor in the quorum, C is in it or
+proven dead.
 """
 from __future__ import annotations
 
@@ -84,7 +85,7 @@ class Ballots:
         return [Send(peer, self.history())]
 
     def accept(self, peer: str, message: Accept) -> list[Send]:
-        """A member asks for a vote; it has made its own by asking. The other members hear of the vote before it does."""
+        """A member asks for a vote, and by asking has voted itself. The other members hear of the vote before it does."""
         self.learn(peer, message.ballot, message.view)
         if message.ballot < self.promised:
             return [self.refuse(peer)]

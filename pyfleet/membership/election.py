@@ -1,23 +1,25 @@
 """Who is in, and who leads: founding, joining, leaving, merging, and the agreement on each next view.
 
-Sans-I/O. Events and the time come in; a list of actions goes out: Send(peer, message), Installed(view), Lost(view, reason).
-The shell keeps the order of the messages of a pair, and calls
+Sans-I/O. Events and the time come in; a list of actions goes out: Send(peer, message), Installed(view), Lost(view,
+reason). The shell keeps the order of the messages of a pair, and calls
 
     up(peer, node, now)         once an authenticated connection stands, before anything is received from it
     received(peer, m, now)      for every message that is not a heartbeat; heard(peer, now) for those
     down(peer, inc, dead, now)  when the last connection to it is over; nothing is received from it until the next up
     tick(now)                   at `deadline`
 
-Fleets. Nodes without a fleet found one; a node that sees a fleet at work joins it through its leader. Of two fleets that see
-each other, the lesser gives up: members that see the greater one drop their view and join it. A member whose view can
-decide nothing (cut off) shows size 0: it neither attracts anybody nor, when the others have more to lose, gives up.
+Fleets. Nodes without a fleet found one; a node that sees a fleet at work joins it through its leader. Of two fleets
+that see each other, the lesser gives up: members that see the greater one drop their view and join it. A member
+whose view can decide nothing (cut off) shows size 0: it neither attracts anybody nor, when the others have more to
+lose, gives up.
 
-Views. The members of a view agree on the next one by Paxos (ballots.py). The most senior member that is up proposes, the
-leader without asking first; a voter promises nothing to a junior while it hears a senior one, so that the fleet does not
-change hands over one bad link. Cut-off members keep their view; whoever is ahead tells them what was decided.
+Views. The members of a view agree on the next one by Paxos (ballots.py). The most senior member that is up proposes,
+the leader without asking first; a voter promises nothing to a junior while it hears a senior one, so that the fleet
+does not change hands over one bad link. Cut-off members keep their view; whoever is ahead tells them what was
+decided.
 
-A fleet whose other members have all come back as new incarnations, or are dead, can never decide again, for the new ones
-must not vote for their predecessors. The survivors drop it, and found anew at their step.
+A fleet whose other members have all come back as new incarnations, or are dead, can never decide again, for the new
+ones must not vote for their predecessors. The survivors drop it, and found anew at their step.
 """
 from __future__ import annotations
 
@@ -57,12 +59,13 @@ class ElectionSettings:
     """All in seconds.
 
     Attributes:
-        settle_s, settle_most_s: a founder waits until the nodes in sight have not changed for settle_s, but no longer than
-                    settle_most_s once they are enough.
+        settle_s, settle_most_s: a founder waits until the nodes in sight have not changed for settle_s, but not longer
+                    than settle_most_s once they are enough.
         found_s:    for the answers to a founder;  consent_s: for its decision.
         retry_s:    between requests to join and other repetitions.
         batch_s:    changes that come within it go into one view.
-        ballot_s:   for the answers to a proposer;  backoff_s: before its next ballot, times its place and its failures.
+        ballot_s:   for the answers to a proposer, doubled with every failure, as nobody knows how slow the network is;
+        backoff_s:  before its next ballot, times its place, and doubled likewise.
         lease_s:    whoever has not heard a quorum for so long no longer leads. Less than the silence after which the
                     others count a peer as down (HealthSettings.dead_after_s), so that there is no second leader before.
         lost_s:     how long a fleet must be beyond help before it is dropped.
@@ -136,8 +139,8 @@ class Election:
         self._heard: dict[str, float] = {}
         self._statuses: dict[str, messages.Status] = {}
         self._dead: set[tuple[str, str]] = set()                # (peer, incarnation) of members, proven dead
-        self._votes: dict[str, messages.Promise] = {}                    # of epochs after the next one, until that is the next
-        self._left: OrderedDict[str, int] = OrderedDict()       # fleet -> epoch up to which its views are not taken up again
+        self._votes: dict[str, messages.Promise] = {}           # of epochs after the next one, until that is the next
+        self._left: OrderedDict[str, int] = OrderedDict()       # fleet -> epoch up to which its views are over here
         self._told: messages.Status | None = None
         # without a fleet
         self._num_founded = 0
@@ -319,7 +322,7 @@ class Election:
         self._joins[peer] = _Request(message.seat, self._now, count)
         seat = self.view.seat(peer)
         if seat is not None and seat.incarnation == message.seat.incarnation and count == 1:
-            return [Send(peer, messages.Decided(self.view))]     # it may just not know; if that does not help it asks again
+            return [Send(peer, messages.Decided(self.view))]     # it may just not know; else it asks again
         return [] if self._proposes() else [Send(peer, self._status())]
 
     def _on_decided(self, peer, message):
@@ -404,11 +407,11 @@ class Election:
         if self.view is None:
             if self._consent is not None:
                 times.append(self._consent[2])
-            if self._target():
+            elif self._target():
                 times.append(self._next_join)
             elif self._founding is not None:
                 times.append(self._founding.until)
-            elif self._consent is None:
+            else:
                 times.append(self._founds_at())
         else:
             times += [self._lost_since + settings.lost_s, self._next_retry]
@@ -493,9 +496,8 @@ class Election:
         if self.view is not None or not fleets:
             return None
         best = max(fleets, key=_rank)
-        if best.leader in self._up:
-            return best.fleet, best.leader
-        return best.fleet, min(peer for peer, status in self._statuses.items() if status.fleet == best.fleet)
+        members = [peer for peer, status in self._statuses.items() if status.fleet == best.fleet]
+        return best.fleet, best.leader if best.leader in members else min(members)
 
     def _others(self) -> dict[str, messages.Status]:
         """The other fleets in sight that are at work: fleet -> what its latest view is like."""
@@ -547,7 +549,7 @@ class Election:
         if (self._ballots.attempt is not None or not proposes or not self._can_decide()
                 or self._now < max(self._wanted_since + self._batch_s(), self._not_before)):
             return []
-        self._attempt_until = self._now + self.settings.ballot_s
+        self._attempt_until = self._now + self.settings.ballot_s * 2 ** min(self._num_failed, 4)
         view = View(fleet=self.view.fleet, epoch=self.view.epoch + 1, seats=self._in_order(seats),
                     step=max(self.step, self.view.step))
         return [*self._ballots.propose(view, self._dead_peers()), *self._take_decision()]
@@ -671,10 +673,8 @@ class Election:
         """Whether no member that could still come back would make a quorum."""
         if self._can_decide():
             return False
-        dead = self._dead_peers()
-        return all(self._is_present(seat.peer) or seat.peer in dead
-                   or (seat.peer in self._up and self._up[seat.peer].incarnation != seat.incarnation)
-                   for seat in self.view.seats)
+        dead = self._dead_peers()               # the connected that are not present have restarted, or lost the view
+        return all(peer == self.own.peer or peer in dead or peer in self._up for peer in self.view.peers)
 
     def _proposes(self) -> bool:
         """Whether this node is the most senior member that is here."""

@@ -1,12 +1,12 @@
-"""Who is alive, and how far away: heartbeats on the connections between nodes. Sans-I/O: events and the time in, actions out.
+"""Who is alive, and how far away: heartbeats between nodes. Sans-I/O: events and the time in, actions out.
 
-Of a pair, the end with the lesser peer id sends Ping, the other answers Pong: one message each way per ping_every_s keeps
-both informed. A Ping carries a new number only once the one before was answered. So a new number tells the end that
-answers, too, that its last answer arrived: both ends know up to when the other still heard them (`is_current`).
+Of a pair, the end with the lesser peer id sends Ping, the other answers Pong: one message each way per ping_every_s
+keeps both informed. A Ping carries a new number only once the one before was answered. So a new number tells the end
+that answers, too, that its last answer arrived: both ends know up to when the other still heard them (`is_current`).
 
-`now` is in seconds of a clock that goes on while the machine sleeps (CLOCK_BOOTTIME on Linux, CLOCK_MONOTONIC on macOS;
-time.monotonic() stands still): one that wakes must not take the end of a connection that the others gave up long ago for
-their death.
+`now` is in seconds of a clock that goes on while the machine sleeps (CLOCK_BOOTTIME on Linux, CLOCK_MONOTONIC on
+macOS; time.monotonic() stands still): one that wakes must not take the end of a connection that the others gave up
+long ago for their death.
 """
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Beat(NamedTuple):
 
 
 class Changed(NamedTuple):
-    """A peer's state is another one: "healthy", "late" or "silent". Silent is final: end the connection, then remove()."""
+    """A peer's state is another one: "healthy", "late" or "silent". Silent is final: end the connection, and remove()."""
 
     peer: str
     state: str
@@ -41,11 +41,11 @@ class Changed(NamedTuple):
 class HealthSettings:
     """Attributes:
         ping_every_s: between heartbeats of a pair.
-        dead_after_s: silence after which a peer is down, at least;  most_s: at most, where its heartbeats come unevenly.
+        dead_after_s: silence after which a peer is down, at least;  most_s: at most, where heartbeats come unevenly.
         spread:     how many median deviations above the median gap a silence must be.
         weight:     of a new sample in the average latency.
         jump_s:     when the own clock is later than planned by this much, we slept, and not the others.
-        margin_s:   by which proof of being heard must be younger than dead_after_s: what clocks may differ in that time.
+        margin_s:   by which proof of being heard must be younger than dead_after_s: what clocks differ in that time.
     """
 
     ping_every_s: float = 1.0
@@ -121,7 +121,7 @@ class Health:
             actions.append(Beat(peer, Pong(message.number, self.busy_ms)))
         elif isinstance(message, Pong) and known.is_pinged and not known.is_answered and message.number == known.number:
             known.is_answered, known.heard_us = True, known.sent
-            # What the other end says it was busy is not the wire's; it is an average, so it may be more than this sample.
+            # How long the other end was busy is not the wire's; that is an average, so it may exceed this sample.
             sample = max((self._now - known.sent) * 1000 - max(message.busy_ms, 0.0), 0.0)
             weight = self.settings.weight if known.latency_ms is not None else 1.0
             if known.is_timed:
@@ -142,7 +142,7 @@ class Health:
         return self._peers[peer].state
 
     def latency_ms(self, peer: str) -> float | None:
-        """The moving average of the time to the peer and back; None before the first answer, and at the end that answers."""
+        """The moving average of the time to the peer and back; None before the first, and at the end that answers."""
         return self._peers[peer].latency_ms
 
     def silent_s(self, peer: str, now: float) -> float:
@@ -161,8 +161,8 @@ class Health:
     def is_current(self, peer: str, now: float) -> bool:
         """Whether the peer cannot yet have given us up for silence.
 
-        It has heard something from us that was sent less than dead_after_s ago. So if its kernel ends the connection now,
-        the peer did not do it for silence: it is dead, as Election.down(dead=True) means it.
+        It has heard something from us that was sent less than dead_after_s ago. If its kernel ends the connection now, the
+        peer did not do it for silence: it is dead, as Election.down(dead=True) means it.
         """
         known = self._peers.get(peer)
         return known is not None and now < known.heard_us + self.settings.dead_after_s - self.settings.margin_s
@@ -170,7 +170,7 @@ class Health:
     # ---- going on ----------------------------------------------------------------------------------------------------
 
     def _pass(self, now: float) -> None:
-        """Time passes. When far more of it has passed than was planned, we were stopped: nobody is to blame for that."""
+        """Time passes. When far more of it has passed than was planned, we were stopped: nobody is to blame."""
         if self.deadline is not None and now >= self.deadline + self.settings.jump_s:
             for known in self._peers.values():
                 known.heard, known.last_beat, known.is_timed = now, math.nan, False

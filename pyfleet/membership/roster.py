@@ -4,9 +4,10 @@ A sighting is a hint and never more: only an authenticated connection proves who
 dials at once and the other a little later, should the first way not work. When both did, the connection that the lesser
 one began replaces the other at both ends.
 
-`connected` answers Close(peer, "this", ...) to say that the new connection must not be used, or Close(peer, "other", ...)
-to say that it replaces the one before: end that (down, not dead), then begin with the new one. Whoever dials asks `turned_out` once
-the other end has shown who it is, and hangs up before its own proof when it says no; then there is nothing to report.
+`connected` answers Close(peer, "this", ...) to say that the new connection must not be used, or Close(peer, "other",
+...) to say that it replaces the one before: end that (down, not dead), then begin with the new one. Whoever dials
+asks `turned_out` once the other end has shown who it is, and hangs up before its own proof when it says no; then
+there is nothing to report.
 """
 from __future__ import annotations
 
@@ -19,13 +20,13 @@ from typing import NamedTuple
 from pyfleet.members import Node, Sighting
 from pyfleet.membership.messages import MOST_NODES
 
-MOST_DIALS = 32         # at once: whoever may announce thousands of nodes must not make us open thousands of connections
+MOST_DIALS = 32         # at once: announcing thousands of nodes must not make us open thousands of connections
 IN, OUT = "in", "out"
 Place = tuple[str, int]
 
 
 class Dial(NamedTuple):
-    """Connect to the first of these (host, port) that answers as this peer; "": as any. Then connected() or failed()."""
+    """Connect to the first of these (host, port) that answers as this peer; "": as any. connected() or failed() ends it."""
 
     peer: str
     places: tuple[Place, ...]
@@ -82,10 +83,10 @@ class RosterSettings:
     """All in seconds.
 
     Attributes:
-        backoff_s, backoff_most_s: before the next attempt: doubled with every failure, and random between half and all of it.
+        backoff_s, backoff_most_s: before the next attempt: doubled with every failure, random from half to all of it.
         yield_s:       the greater peer id lets the lesser one dial first.
         dial_s:        after which a dial that was not reported counts as failed.
-        clone_after_s: two incarnations that live side by side for longer are clones; a connection to a dead one does not last
+        clone_after_s: two incarnations that live side by side for longer are clones; a connection to the dead does not last
                        as long (HealthSettings.most_s).
         remember_s:    a node that was connected is dialled for so long after, sighted or not.
     """
@@ -294,7 +295,8 @@ class Roster:
                     actions.append(Expired(peer))
                 if entry.node is None or now >= entry.gone + self.settings.remember_s:
                     del self._entries[peer]
-        callers = [(entry, peer, self._places(entry)) for peer, entry in self._entries.items() if entry.connection is None]
+        away = [(peer, entry) for peer, entry in self._entries.items() if entry.connection is None]
+        callers = [(entry, peer, self._places(entry)) for peer, entry in away]
         callers += [(spot, "", (place,)) for place, spot in self._spots.items() if self._is_open(spot)]
         callers = [caller for caller in callers if caller[2]]
         num_dials = 0
@@ -309,10 +311,9 @@ class Roster:
                 actions.append(Dial(peer, places))
         # Those for whom there is no room now get it when a dial ends, and that is told to us.
         times = [max(caller.until, caller.due) for caller, _, _ in callers if max(caller.until, caller.due) > now]
-        times += [entry.gone + self.settings.remember_s for entry in self._entries.values()
-                  if entry.connection is None and not entry.sighted]
-        times += [first + self.settings.clone_after_s for entry in self._entries.values() if entry.connection is not None
-                  for first, _ in entry.others.values() if first + self.settings.clone_after_s > now]
+        times += [entry.gone + self.settings.remember_s for _, entry in away if not entry.sighted]
+        times += [first + self.settings.clone_after_s for entry in self._entries.values() for first, _ in entry.others.values()
+                  if entry.connection is not None and first + self.settings.clone_after_s > now]
         first = min(times, default=math.inf)
         self.deadline = None if first == math.inf else first
         return actions
@@ -345,7 +346,7 @@ class Roster:
         return [Duplicate(peer, (entry.connection[0], *living), self._places(entry))]
 
     def _entry(self, peer: str, proven: bool = False) -> _Entry | None:
-        """The entry of a node, as the last heard of; None when there is no room for one more that has proved nothing."""
+        """The entry of a node, as the last heard of; None when there is no room for another unproven one."""
         if peer not in self._entries:
             if len(self._entries) >= MOST_NODES:
                 unproven = next((other for other, entry in self._entries.items()

@@ -50,7 +50,7 @@ def test_the_leader_decides_without_asking_first():
     sends = a.propose(new, set())
     assert sends == [Send(peer, messages.Accept((0, "a"), new)) for peer in "bc"]
     sends = b.accept("a", sends[0].message)
-    assert sends == [Send("c", messages.Promise(FLEET, 2, (0, "a"), ((0, "a"), new))),      # the others hear of it first
+    assert sends == [Send("c", messages.Promise(FLEET, 2, (0, "a"), ((0, "a"), new))),      # others hear it first
                      Send("a", messages.Accepted(FLEET, 2, (0, "a")))]
     c.promise("b", sends[0].message, set())
     assert c.votes == {"b": ((0, "a"), new)}

@@ -53,7 +53,8 @@ def test_discovered_connected_expired_in_order():
     events += known.unsighted("c", "mdns", 1.0)
     events += known.disconnected("c", 2.0)
     place = ("192.0.2.1", 7)
-    assert events == [Discovered("c", (place,)), Dial("c", (place,)), Connected(node("c")), Expired("c"), Dial("c", (place,))]
+    dial = Dial("c", (place,))
+    assert events == [Discovered("c", (place,)), dial, Connected(node("c")), Expired("c"), dial]
 
 
 def test_a_node_that_nobody_had_sighted_is_discovered_before_it_is_connected():
@@ -148,7 +149,7 @@ def test_an_address_of_somebody_connected_is_no_second_connection():
 @pytest.mark.parametrize("own,peer", [("b", "c"), ("c", "b")])
 @pytest.mark.parametrize("first,second", [(IN, OUT), (OUT, IN), (OUT, OUT), (IN, IN)])
 def test_which_of_two_connections_stays(own, peer, first, second):
-    """The one that the lesser began; of two that the same end began, the initiator keeps the old, the other end the new."""
+    """The one that the lesser began; of two that the same end began, the initiator keeps the old, the other the new."""
     known = roster(own)
     known.connected(peer, node(peer), first, 0.0)
     actions = known.connected(peer, node(peer), second, 0.1)

@@ -91,7 +91,7 @@ class World:
                 what(*args)
             elif due <= end:
                 self.now = max(self.now, due)
-                name = next(name for name, e in self.living.items() if e.deadline is not None and e.deadline <= self.now)
+                name = next(name for name, e in self.living.items() if e.deadline == due)
                 self._act(name, self.living[name].tick(self.now))
                 again = self.living.get(name)
                 assert again is None or again.deadline is None or again.deadline > self.now, "a deadline that stays"
@@ -123,8 +123,8 @@ class World:
         return [name for name, election in self.living.items() if election.leading]
 
     def told(self):
-        return {name: (election.state, election.view and (election.view.fleet, election.view.epoch, election.view.peers))
-                for name, election in self.living.items()}
+        views = {name: election.view for name, election in self.living.items()}
+        return {name: (self.living[name].state, view and (view.fleet, view.epoch, view.peers)) for name, view in views.items()}
 
     def check(self):
         leading = [election.view.fleet for election in self.living.values() if election.leading]
@@ -163,7 +163,7 @@ class World:
         pair = frozenset((source, target))
         if target not in wire.holds:
             return
-        if pair in self.cuts:                           # it is sent again until it passes, or the connection is given up
+        if pair in self.cuts:                           # sent again until it passes, or is given up
             self._at(self.now + 0.2, self._arrive, wire, source, target, message)
             return
         wire.heard[target] = self.now
