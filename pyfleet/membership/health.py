@@ -70,6 +70,7 @@ class _Peer:
     is_timed: bool = False                              # the answer will tell the latency
     heard_us: float = -math.inf                         # the peer has heard something that was sent then
     latency_ms: float | None = None
+    trip_ms: float | None = None                        # of the last answer, if it was timed
     gaps: deque[float] = field(default_factory=lambda: deque(maxlen=GAPS_KEPT))
     last_beat: float = math.nan
 
@@ -124,6 +125,7 @@ class Health:
             # How long the other end was busy is not the wire's; that is an average, so it may exceed this sample.
             sample = max((self._now - known.sent) * 1000 - max(message.busy_ms, 0.0), 0.0)
             weight = self.settings.weight if known.latency_ms is not None else 1.0
+            known.trip_ms = sample if known.is_timed else None
             if known.is_timed:
                 known.latency_ms = (1 - weight) * (known.latency_ms or 0.0) + weight * sample
         return actions + self._go_on()
@@ -144,6 +146,10 @@ class Health:
     def latency_ms(self, peer: str) -> float | None:
         """The moving average of the time to the peer and back; None before the first, and at the end that answers."""
         return self._peers[peer].latency_ms
+
+    def trip_ms(self, peer: str) -> float | None:
+        """How long the last heartbeat took to the peer and back; None where that could not be told."""
+        return self._peers[peer].trip_ms
 
     def silent_s(self, peer: str, now: float) -> float:
         """For how long nothing has come."""
