@@ -194,7 +194,7 @@ class _SshRun(Run):
                 for each in machine.unframer.feed(data):
                     self._hear(machine, each)
             except (ValueError, KeyError, msgspec.MsgspecError) as error:
-                self._give_up(machine, f"it does not speak as this pyfleet does ({error})")
+                self._give_up(machine, f"it does not speak as this pyfleet does ({error})", started=machine.ordered)
         return bool(data)
 
     def _hear(self, machine: _Machine, said: object) -> None:
@@ -209,25 +209,21 @@ class _SshRun(Run):
                 if said.status and not said.told and not self.stopping:
                     self.failed.append((said.rank, said.status))
             case Failed():
-                self._give_up(machine, said.why)
+                self._give_up(machine, said.why, started=False)
             case Over():
                 machine.over = True
                 machine.running.clear()
 
-    def _give_up(self, machine: _Machine, why: str) -> None:
+    def _give_up(self, machine: _Machine, why: str, *, started: bool) -> None:
         """A machine is of no use any more, and with it the job."""
         machine.over = True
         machine.running.clear()
         self._hang_up(machine)
-        if machine.ordered:
-            text = f"lost {machine.host.address}: {why}"
-        else:
-            text = f"cannot start ranks on {machine.host.address}: {why}"
-        if self.stopping:
-            self.notes.append(text)
-        else:
-            self.problem = text
+        if not self.stopping:
+            self.problem = f"{'lost' if started else 'cannot start ranks on'} {machine.host.address}: {why}"
             self._stop(signal.SIGTERM, time.monotonic())
+        elif started:
+            self.notes.append(f"lost {machine.host.address}: {why}")
 
     def _hang_up(self, machine: _Machine) -> None:
         if not machine.closed:
@@ -243,13 +239,13 @@ class _SshRun(Run):
                     while self._read(machine, stream):
                         pass
                 if not machine.over and not (self.stopping and not machine.ordered):
-                    self._give_up(machine, machine.last_words())
+                    self._give_up(machine, machine.last_words(), started=machine.ordered)
         if not self.ordered and not self.stopping and not self.signals:
             if all(machine.hello for machine in self.machines):
                 self._order()
             elif now >= self.hello_by:
                 late = next(machine for machine in self.machines if not machine.hello)
-                self._give_up(late, f"pyfleet did not start within {self.reach.timeout_s + self.reach.start_s:g} s")
+                self._give_up(late, f"pyfleet did not start within {self.reach.timeout_s + self.reach.start_s:g} s", started=False)
                 os.killpg(late.process.pid, signal.SIGKILL)
         if now >= self.alive_at:
             self.alive_at = now + self.reach.silence_s / 4
