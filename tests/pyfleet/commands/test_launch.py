@@ -140,6 +140,22 @@ def test_hosts(job, tmp_path, monkeypatch):
     assert "PYFLEET_PSK" not in Recorder.reach.environment, "ranks of one host need none"
 
 
+def test_tmux(job, monkeypatch):
+    class InSession(Recorder):
+        def __init__(self, argv, rest, titles):
+            InSession.made = argv, rest, titles
+    monkeypatch.setattr(command, "TmuxLauncher", InSession)
+    job("--tmux", "-n2", "--hosts", "a:3,b", "train.py", "--tmux")
+    assert InSession.made == ([sys.executable, "-m", "pyfleet", "launch", "--panes"],
+                              ["-n2", "--hosts", "a:3,b", "--", "train.py", "--tmux"],
+                              [f"rank {rank} on {host}" for rank, host in enumerate("aaabb")])
+    job("--tmux", "-n2", "-m", "package")
+    assert InSession.made[1] == ["-n2", "-m", "--", "package"]
+    assert [title.split(" on ")[0] for title in InSession.made[2]] == ["rank 0", "rank 1"]
+    job("--tmux", "--join", "-n2", "train.py")
+    assert [title.split(" on ")[0] for title in InSession.made[2]] == ["local rank 0", "local rank 1"]
+
+
 def test_settings_go_along_as_content_and_secrets_apart(job, tmp_path, monkeypatch):
     (tmp_path / "fleet.yaml").write_text("training: {epochs: 3}\ncluster: {psk: from the file, timeout: 7}\n")
     got = job("--hosts", "a,b", "--config", "fleet.yaml", "--override", "seed=1", "train.py")
@@ -215,9 +231,11 @@ def test_help_names_every_option_once(job, capsys):
     text = capsys.readouterr().out
     for option in ("--nproc N", "--module", "--config FILE", "--override KEY=VALUE", "--log-dir DIR", "--no-prefix",
                    "--timeout-grace S", "--master-port PORT", "--standalone", "--no-python", "--hosts HOSTS", "--hostfile FILE",
-                   "--workdir DIR", "--remote-python PATH", "--ssh-command COMMAND", "--ssh-port PORT", "--env NAME[=VALUE]"):
+                   "--workdir DIR", "--remote-python PATH", "--ssh-command COMMAND", "--ssh-port PORT", "--env NAME[=VALUE]",
+                   "--tmux"):
         assert option in text
     assert "_per_node" not in text
+    assert "--panes" not in text
 
 
 def run(*argv, cwd=None):
