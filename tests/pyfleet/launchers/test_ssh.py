@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from tests.network import inside
+from tests.pyfleet.launchers.conftest import ROOT
 from tests.pyfleet.launchers.test_local import FOREVER, GRANDCHILD, READY, by_rank
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
@@ -97,7 +98,8 @@ def ready(job, ranks):
 # --- what ranks are told ------------------------------------------------------------------------------------------
 
 @pytest.mark.feature("S20", "A1", "A23")
-def test_one_command_starts_ranks_on_all_hosts_and_they_meet(lab):
+@pytest.mark.parametrize("slots", [(1, 3), (4, 4)])
+def test_one_command_starts_ranks_on_all_hosts_and_they_meet(lab, slots):
     lab = lab()
     job = lab.launch("""
 import json, numpy as np, pyfleet
@@ -105,19 +107,33 @@ pyfleet.init()
 x = np.full(1000, float(rank + 1))
 pyfleet.all_reduce(x)
 names = 'RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE MASTER_ADDR'.split()
-print(json.dumps([x.tolist() == [10.0] * 1000, os.readlink('/proc/self/ns/net'), *[os.environ[name] for name in names]]))
-""", "--nproc", 3, hosts=["--hosts", f"{lab.address(1)}:1,root@{lab.address(2)}"])
+print(json.dumps([x.tolist(), os.readlink('/proc/self/ns/net'), *[os.environ[name] for name in names]]))
+""", "--nproc", slots[1], hosts=["--hosts", f"{lab.address(1)}:{slots[0]},root@{lab.address(2)}"])
     code, out = job.finish()
     assert code == 0, job.stderr
-    said = {rank: json.loads(lines[0]) for rank, lines in by_rank(out).items()}
-    here = [str(inside(lab.network.namespace(host), os.readlink, "/proc/thread-self/ns/net")) for host in range(3)]
-    assert said == {
-        0: [True, here[1], "0", "4", "0", "1", "0", "2", lab.address(1)],
-        1: [True, here[2], "1", "4", "0", "3", "1", "2", lab.address(1)],
-        2: [True, here[2], "2", "4", "1", "3", "1", "2", lab.address(1)],
-        3: [True, here[2], "3", "4", "2", "3", "1", "2", lab.address(1)]}
+    size = sum(slots)
+    places = [(host, local) for host in (0, 1) for local in range(slots[host])]
+    networks = [inside(lab.network.namespace(host), os.readlink, "/proc/thread-self/ns/net") for host in (1, 2)]
+    assert {rank: json.loads(lines[0]) for rank, lines in by_rank(out).items()} == {
+        rank: [[size * (size + 1) / 2] * 1000, networks[host], str(rank), str(size), str(local), str(slots[host]), str(host), "2",
+               lab.address(1)] for rank, (host, local) in enumerate(places)}
     assert NOISE.encode() not in out + job.stderr
     job.assert_nothing_left()
+
+
+@pytest.mark.feature("S22")
+def test_ranks_started_by_hand_meet_by_number_and_hostname(lab, tmp_path):
+    lab = lab()
+    (tmp_path / "worker.py").write_text("""
+import os, sys
+import numpy as np, pyfleet
+os.environ["MASTER_ADDR"] = sys.argv[2]
+pyfleet.init(rank=int(sys.argv[1]), world_size=3)
+print(pyfleet.all_reduce_sum(np.array([10.0 ** pyfleet.rank()])).tolist())
+""")
+    workers = [lab.network.popen(host, [sys.executable, str(tmp_path / "worker.py"), str(host), lab.address(0)],
+                                 {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE) for host in (2, 0, 1)]
+    assert [worker.communicate(timeout=60)[0] for worker in workers] == [b"[111.0]\n"] * 3
 
 
 def test_training_over_ssh_from_a_hostfile(lab, tmp_path):
@@ -325,6 +341,18 @@ def test_a_session_that_dies_ends_the_job(lab):
                 process.kill()
     assert job.finish()[0] == 1
     assert b"pyfleet-launch: lost 10.77.0.2: " in job.stderr
+    job.assert_nothing_left()
+
+
+def test_a_far_end_that_is_killed_ends_the_job(lab):
+    lab = lab()
+    job = lab.launch(GRANDCHILD.format("", False) + READY, "--nproc", 2)
+    ready(job, 4)
+    far = [process for process in job.processes() if "pyfleet.commands.remote" in process.cmdline()]
+    assert len(far) == 2
+    far[0].kill()
+    assert job.finish()[0] == 1
+    assert re.search(rb"pyfleet-launch: lost 10\.77\.0\.[23]: ", job.stderr)
     job.assert_nothing_left()
 
 
