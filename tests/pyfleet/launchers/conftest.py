@@ -37,9 +37,9 @@ class Launched:
                 return seen
         raise AssertionError(f"the launcher ended without {text!r}: {seen!r} {self.stderr!r}")
 
-    def finish(self):
+    def finish(self, timeout=DEADLINE_S):
         """Wait for the end; return (exit code, the rest of stdout)."""
-        out, _ = self.process.communicate(timeout=DEADLINE_S)
+        out, _ = self.process.communicate(timeout=timeout)
         return self.process.returncode, out
 
     @property

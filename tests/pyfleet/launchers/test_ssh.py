@@ -141,7 +141,7 @@ def test_training_over_ssh_from_a_hostfile(lab, tmp_path):
     (tmp_path / "machines").write_text(f"# two of them\n{lab.address(1)} slots=1\n{lab.address(2)}:1\n")
     job = lab.launch("import runpy; runpy.run_module('pyfleet.examples.digits', run_name='__main__')",
                      hosts=["--hostfile", "machines"], args=["--epochs", "10"])
-    code, out = job.finish()
+    code, out = job.finish(120)
     assert code == 0, job.stderr
     assert float(re.search(rb"test accuracy ([\d.]+)", out)[1]) >= 0.95
     assert b"2 ranks" in out
@@ -243,6 +243,13 @@ os.write(1, bytes(range(1, 10)) + b'x' * 200_000)""", "--nproc", 2, "--log-dir",
     job.assert_nothing_left()
 
 
+def test_without_prefixes_lines_of_several_hosts_are_whole(lab):
+    job = lab().launch("for _ in range(300): os.write(1, b'%d' % rank * 500); os.write(1, b'%d' % rank * 500 + b'\\n')", "--no-prefix")
+    code, out = job.finish()
+    assert code == 0, job.stderr
+    assert sorted(out.splitlines()) == [b"0" * 1000] * 300 + [b"1" * 1000] * 300
+
+
 # --- how a job ends -----------------------------------------------------------------------------------------------
 
 def test_the_first_failure_ends_all_hosts_and_its_traceback_comes_last(lab):
@@ -322,13 +329,56 @@ def test_a_launcher_that_is_ended_or_killed_leaves_nothing_anywhere(lab, number)
 def test_a_cut_network_ends_the_job_at_both_ends(lab):
     lab = lab()
     job = lab.launch("signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + READY, "--timeout-grace", "1",
-                     environ={"PYFLEET_CONNECTION_TIMEOUT_MS": "500"})
+                     environ={"PYFLEET_CONNECTION_TIMEOUT_MS": "1000"})
     ready(job, 2)
     lab.network.cut(2)
     code, _ = job.finish()
     assert code == 1
     assert re.fullmatch(rb"pyfleet-launch: lost 10\.77\.0\.3: .*not responding\.\n", job.stderr), job.stderr
     job.assert_nothing_left()       # on the host that was cut off, too, where nobody could say so
+
+
+def test_a_cut_network_is_noticed_though_ssh_does_not_watch(lab):
+    lab = lab()
+    with (lab.folder / "ssh_config").open("a") as config:
+        config.write("  LogLevel QUIET\n")
+    job = lab.launch(READY, "--ssh-command", f"ssh -F {lab.folder}/ssh_config -o ServerAliveInterval=0",
+                     environ={"PYFLEET_CONNECTION_TIMEOUT_MS": "1000"})
+    ready(job, 2)
+    lab.network.cut(2)
+    assert job.finish()[0] == 1
+    assert job.stderr == b"pyfleet-launch: lost 10.77.0.3: nothing was heard of it for 5 s\n"
+    job.assert_nothing_left()
+
+
+def test_a_reader_that_pauses_is_not_silence(lab):
+    job = lab().launch("for i in range(6000): os.write(1, b'%0999d\\n' % i)", environ={"PYFLEET_CONNECTION_TIMEOUT_MS": "1000"})
+    job.wait_for("[rank")
+    time.sleep(6)           # this is how long it pauses: longer than either end waits for the other
+    code, out = job.finish()
+    assert code == 0, job.stderr
+    assert out.count(b"\n") == 2 * 6000 - 1
+
+
+def ranks_left(job):
+    """The ranks that are running, and what they have started."""
+    found = []
+    for process in job.processes():
+        with contextlib.suppress(psutil.Error):
+            if "RANK" in process.environ():
+                found.append(process)
+    return found
+
+
+def test_a_launcher_that_sleeps_too_long_is_told_so(lab):
+    job = lab().launch(READY, environ={"PYFLEET_CONNECTION_TIMEOUT_MS": "500"})
+    ready(job, 2)
+    job.process.send_signal(signal.SIGSTOP)
+    assert wait_until(lambda: not ranks_left(job))
+    job.process.send_signal(signal.SIGCONT)
+    assert job.finish()[0] == 1
+    assert b": it heard nothing of this launcher for 1.5 s\n" in job.stderr
+    job.assert_nothing_left()
 
 
 def test_a_session_that_dies_ends_the_job(lab):
@@ -376,7 +426,7 @@ def test_a_host_without_sshd(lab):
 def test_a_host_that_is_not_there(lab):
     lab = lab()
     lab.network.cut(2)
-    refusal(lab.launch(READY, environ={"PYFLEET_CONNECTION_TIMEOUT_MS": "1000"}),
+    refusal(lab.launch(READY, environ={"PYFLEET_CONNECTION_TIMEOUT_MS": "3000"}),
             rb"ssh: connect to host 10\.77\.0\.3 port 22: .*")
 
 
