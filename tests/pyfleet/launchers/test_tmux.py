@@ -145,7 +145,7 @@ class Terminal:
 def test_a_job_goes_on_while_its_terminal_is_detached(launch, tmp_path):
     terminal = Terminal()
     job = launch(UNTIL_GO, "--tmux", "--nproc", 2, stdin=terminal.slave, stdout=terminal.slave, environ={"TERM": "xterm"})
-    assert wait_until(lambda: b"hello from 1 of 2" in terminal.shown), "attached by itself"
+    assert wait_until(lambda: b"hello from 1" in terminal.shown), "attached by itself"
     os.write(terminal.master, b"\x02d")         # Ctrl-b d
     assert job.process.wait(30) == 0
     session = Session(job)
@@ -153,7 +153,7 @@ def test_a_job_goes_on_while_its_terminal_is_detached(launch, tmp_path):
     again = Terminal()
     attached = subprocess.Popen(["tmux", "-S", session.socket, "attach"], stdin=again.slave, stdout=again.slave,
                                 env=os.environ | {"TERM": "xterm"})
-    assert wait_until(lambda: b"hello from 0 of 2" in again.shown)
+    assert wait_until(lambda: b"hello from 0" in again.shown)
     (tmp_path / "go").touch()
     attached.wait(30)
     job.assert_nothing_left()
