@@ -17,6 +17,7 @@ from pyfleet.contact import Contact
 from pyfleet.engines.fleet import FleetEngine
 from pyfleet.errors import ConfigError, FleetError, NotInitialized
 from pyfleet.identity import Namespace
+from pyfleet.identity.namespace import derive
 from pyfleet.members import Member, Node, Seat, View
 from pyfleet.membership.joining import Membership, find, join
 from pyfleet.placement import Placement, placement
@@ -175,7 +176,8 @@ def open_engine(place: Placement, cluster: ClusterConfig, timeout: float | None 
     if place.rendezvous is None and membership is None:
         raise ConfigError(f"{place.world_size} ranks have nowhere to meet: set MASTER_ADDR (and MASTER_PORT) to an "
                           f"address of rank 0's machine, or PYFLEET_RENDEZVOUS")
-    store = (open_store(place.rendezvous, place.rank, place.world_size, deadline.left()) if membership is None else
+    secret = None if namespace is None else derive(namespace.key, "store")
+    store = (open_store(place.rendezvous, place.rank, place.world_size, deadline.left(), secret) if membership is None else
              membership.store(deadline.left()))
     try:
         members = meet(store, place.rank, place.world_size, deadline, own_peer(cluster))

@@ -34,7 +34,8 @@ class Job:
 
     Attributes:
         log_dir:     where rank_<n>.log get what each rank printed, byte for byte.
-        panes:       a folder of FIFOs rank_<n>, each of which is shown what its rank prints; a full one misses some.
+        panes:       a folder of FIFOs rank_<n>, counted from this job's first rank, each of which is shown what its rank
+                     prints; a full one misses some. The launcher's own words go to `report` there.
         environment: variables that every rank gets beside those of this process.
         first_rank, total_ranks, node, num_nodes: which part of a larger job this is; total_ranks None: it is the whole.
         master_addr, rendezvous: where the ranks of several machines meet; None: in a private directory here.
@@ -103,6 +104,7 @@ class Screen:
         self._undo = contextlib.ExitStack()
         if job.log_dir is not None:
             Path(job.log_dir).mkdir(parents=True, exist_ok=True)
+        self._report = None if job.panes is None else self._open(Path(job.panes) / "report", os.O_CREAT | os.O_TRUNC)
 
     def close(self) -> None:
         """Let go of logs and panes. Idempotent."""
@@ -132,7 +134,7 @@ class Screen:
         if job.log_dir is not None:
             self._logs[rank] = self._open(Path(job.log_dir) / f"rank_{rank}.log", os.O_CREAT | os.O_TRUNC)
         if job.panes is not None:       # for reading, too: it opens before anybody looks, and nobody has to
-            self._panes[rank] = self._open(Path(job.panes) / f"rank_{rank}", os.O_NONBLOCK, os.O_RDWR)
+            self._panes[rank] = self._open(Path(job.panes) / f"rank_{rank - job.first_rank}", os.O_NONBLOCK, os.O_RDWR)
 
     def _open(self, path: Path, flags: int, mode: int = os.O_WRONLY) -> Sink:
         fd = os.open(path, mode | flags, 0o666)
@@ -165,7 +167,13 @@ class Screen:
 
     def say(self, text: str) -> None:
         """A line of the launcher's own."""
-        self.err.write(f"{NAME}: {text}\n".encode())
+        self._write(f"{NAME}: {text}\n".encode())
+
+    def _write(self, words: bytes) -> None:
+        self.err.write(words)
+        if self._report is not None:
+            self._report.write(words)
+            self._report.pump()
 
     def finish_lines(self) -> None:
         """Show the last lines that were left without an end."""
@@ -176,7 +184,7 @@ class Screen:
         """Show whose failure ended the job, and its last output."""
         output = self.last_output(rank)
         self.say(f"rank {rank} {describe(status)}; " + ("its last output:" if output else "it printed nothing"))
-        self.err.write(output if output.endswith(b"\n") or not output else output + b"\n")
+        self._write(output if output.endswith(b"\n") or not output else output + b"\n")
 
 
 class Run(ABC):

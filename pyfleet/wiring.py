@@ -93,8 +93,8 @@ def meet(store: Store, rank: int, size: int, deadline: Deadline, peer: str = "")
         except TypeError:
             raise FleetError(f"rank {other} runs a pyfleet that speaks another protocol than {PROTOCOL}") from None
     if missing:
-        raise NotEnoughPeers(f"found {len(members)} of {size} ranks within {deadline.seconds:g} s; "
-                             f"missing: {', '.join(map(str, missing))}")
+        raise NotEnoughPeers(f"found {len(members)} of {size} ranks within {deadline.seconds:.3g} s; "
+                             f"missing: {', '.join(map(str, missing))}{store.refusals()}")
     for member in members:
         if member.protocol != PROTOCOL:
             raise FleetError(f"rank {member.rank} on {member.name} speaks protocol {member.protocol}, this rank {PROTOCOL}")

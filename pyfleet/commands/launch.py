@@ -1,6 +1,7 @@
 """Run a script as several ranks, on this machine or on several."""
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib.util
 import json
@@ -8,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -30,6 +32,7 @@ from pyfleet.launchers.base import GRACE_S, Job, Launcher
 from pyfleet.launchers.join import JoinLauncher
 from pyfleet.launchers.local import LocalLauncher
 from pyfleet.launchers.ssh import Reach, SshLauncher
+from pyfleet.launchers.tmux import InTmux, TmuxLauncher
 from pyfleet.placement import num_cores
 
 EPILOG = """everything after the script belongs to it. The exit code is that of the first rank to fail, 128 + n for signal n,
@@ -96,6 +99,9 @@ def _parser(prog: str) -> Parser:
     add("--remote-python", metavar="PATH", help="Python on the hosts (default: the one at this one's path, or python3)")
     add("--ssh-command", metavar="COMMAND", help="in place of ssh, with options: 'ssh -i key -J gateway'")
     add("--ssh-port", metavar="PORT", help="where sshd listens on the hosts")
+    add("--tmux", action="store_true", help="run in a tmux session with a pane for each rank, which goes on when its terminal "
+        "is detached")
+    add("--panes", help=argparse.SUPPRESS)      # what --tmux says to the launcher in the session
     return parser
 
 
@@ -117,15 +123,29 @@ def _job(argv: list[str], prog: str) -> tuple[Job, Launcher]:
     overrides = [*options.override, *_membership(options)]
     cluster = load_config(options.config, overrides)[1]
     job = Job(command, num_ranks, grace_s, port, options.log_dir, not options.no_prefix, options.config,
-              (*ambient_overrides(), *overrides), environment=_chosen_variables(options.env))
-    if options.join or options.role:
+              (*ambient_overrides(), *overrides), panes=options.panes, environment=_chosen_variables(options.env))
+    joins = bool(options.join or options.role)
+    if joins:
         if hosts:
             raise Refused("--join finds the machines by itself: leave out --hosts and --hostfile, or --join")
         min_nodes = options.min_nodes and _number(options.min_nodes, "--min-nodes", "a number >= 1", int, 1, 1 << 16)
-        return job, JoinLauncher(LocalLauncher(), min_nodes or cluster.min_peers + 1, cluster.peer_timeout)
-    if hosts:
-        return _without_secrets(job), SshLauncher(hosts, _reach(options, cluster, dict(job.environment), len(hosts)))
-    return job, LocalLauncher()
+        launcher = JoinLauncher(LocalLauncher(), min_nodes or cluster.min_peers + 1, cluster.peer_timeout)
+    elif hosts:
+        launcher = SshLauncher(hosts, _reach(options, cluster, dict(job.environment), len(hosts)))
+        job = _without_secrets(job)
+    else:
+        launcher = LocalLauncher()
+    if options.tmux:
+        rest = [*(word for word in mine if word != "--tmux"), "--", *script]
+        return job, TmuxLauncher([sys.executable, "-m", "pyfleet", "launch", "--panes"], rest, _titles(job, hosts, joins))
+    return job, launcher if job.panes is None else InTmux(launcher)
+
+
+def _titles(job: Job, hosts: list[Host], joins: bool) -> list[str]:
+    """What the pane of each rank is called; ranks that join others learn their numbers later."""
+    places = ([host.name for host in hosts for _ in range(host.slots or job.num_ranks)] if hosts else
+              [socket.gethostname()] * job.num_ranks)
+    return [f"{'local ' if joins else ''}rank {rank} on {place}" for rank, place in enumerate(places)]
 
 
 def _membership(options: object) -> list[str]:
@@ -174,8 +194,8 @@ def _reach(options: object, cluster: ClusterConfig, chosen: dict[str, str], num_
         ssh = shlex.split(options.ssh_command or "ssh")
     except ValueError as error:
         raise Refused(f"--ssh-command {options.ssh_command!r}: {error}") from None
-    if not ssh or shutil.which(ssh[0]) is None:
-        raise Refused(f"program {ssh[0] if ssh else ''!r} not found: it takes ssh to reach the hosts")
+    if not ssh:
+        raise Refused("--ssh-command is empty")
     known = {name: value for name, value in environment().items() if name.startswith("PYFLEET_") and name not in KEPT_HERE}
     if secret := _secret(cluster, num_hosts):
         known["PYFLEET_PSK"] = secret

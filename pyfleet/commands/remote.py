@@ -5,6 +5,7 @@ frames. When stdin ends or falls silent, so has the one who ordered the ranks: t
 """
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import signal
@@ -18,7 +19,7 @@ import msgspec
 from pyfleet.config import environment
 from pyfleet.errors import ConfigError
 from pyfleet.jobs import STDERR, STDOUT, Job, Screen
-from pyfleet.launchers.base import ALIVE, BEGIN, Ended, Failed, Hello, Order, Over, Printed, frame
+from pyfleet.launchers.base import ALIVE, BEGIN, Alive, Ended, Failed, Hello, Order, Over, Printed, frame
 from pyfleet.launchers.local import LocalRun
 from pyfleet.output import Lines
 
@@ -60,7 +61,7 @@ class RemoteRun(LocalRun):
     def __init__(self, job: Job, screen: Screen, orders: int, silence_s: float):
         super().__init__(job, screen)
         self.orders, self.silence_s = orders, silence_s
-        self.heard_at = time.monotonic()
+        self.heard_at = self.said_at = time.monotonic()
         self.hung_up = False
 
     def _start(self) -> None:
@@ -80,6 +81,15 @@ class RemoteRun(LocalRun):
             if number != ALIVE:
                 self.signals += [number] * (2 if number == signal.SIGKILL else 1)
 
+    def _listen(self, now: float) -> None:
+        if not self.hung_up and now - self.heard_at > self.silence_s:
+            with contextlib.suppress(OSError):      # should the launcher have slept, it can be told
+                os.write(STDERR, b"it heard nothing of this launcher for %.3g s\n" % self.silence_s)
+            self._hang_up()
+
+    def _patience(self, now: float, drain_until: float | None) -> float:
+        return min(super()._patience(now, drain_until), self.silence_s / 4)
+
     def _hang_up(self) -> None:
         """Nobody is there any more: neither to give orders nor to be shown anything."""
         if not self.hung_up:
@@ -88,10 +98,12 @@ class RemoteRun(LocalRun):
             self.signals.append(signal.SIGHUP)
 
     def _notice(self, now: float) -> None:
-        if not self.hung_up and now - self.heard_at > self.silence_s:
-            self._hang_up()
+        self._listen(now)
         if self.hung_up:
             self.screen.out.drop()
+        elif now - self.said_at > self.silence_s / 4 and self.screen.out.empty:
+            self.said_at = now
+            self.screen.out.write(frame(Alive()))
         super()._notice(now)
 
     def _flush(self) -> None:
@@ -99,8 +111,7 @@ class RemoteRun(LocalRun):
             self._offer()
             for key, _ in self.selector.select(1.0):
                 key.data()
-            if time.monotonic() - self.heard_at > self.silence_s:
-                self._hang_up()
+            self._listen(time.monotonic())
 
 
 def main() -> int:

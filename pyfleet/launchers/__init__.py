@@ -5,6 +5,7 @@ LAUNCHERS = {
     "join": "pyfleet.launchers.join:JoinLauncher",
     "local": "pyfleet.launchers.local:LocalLauncher",
     "ssh": "pyfleet.launchers.ssh:SshLauncher",
+    "tmux": "pyfleet.launchers.tmux:TmuxLauncher",
 }
 
 __all__ = ["LAUNCHERS", "Job", "Launcher"]

@@ -1,7 +1,7 @@
 """The contract of a launcher: start the ranks of a job, show what they print, end together, leave nothing behind.
 
 And what the two ends of a launch on another machine say to each other. From here: an Order as a line of JSON, then signal
-numbers, a byte each, and ALIVE now and then. From there: BEGIN, then frames, a Hello first.
+numbers, a byte each, and ALIVE now and then. From there: BEGIN, then frames, a Hello first. Either end takes the other for gone when it is silent.
 """
 from __future__ import annotations
 
@@ -73,11 +73,15 @@ class Failed(msgspec.Struct, tag=True, array_like=True):
     why: str
 
 
+class Alive(msgspec.Struct, tag=True, array_like=True):
+    """There was nothing else to say for a while."""
+
+
 class Over(msgspec.Struct, tag=True, array_like=True):
     """Nobody is left there."""
 
 
-Frame = Hello | Printed | Ended | Failed | Over
+Frame = Hello | Printed | Ended | Failed | Alive | Over
 
 
 def frame(content: Frame) -> bytes:

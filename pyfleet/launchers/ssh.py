@@ -5,6 +5,7 @@ end when the connection does, whatever ended it.
 """
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import math
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -24,10 +25,11 @@ import msgspec
 from pyfleet.config import environment
 from pyfleet.hosts import Host
 from pyfleet.jobs import READ_BYTES, Job, Run, Screen, die_with
-from pyfleet.launchers.base import ALIVE, Ended, Failed, Hello, Launcher, Order, Over, Printed, Unframer
+from pyfleet.launchers.base import ALIVE, Alive, Ended, Failed, Hello, Launcher, Order, Over, Printed, Unframer
 from pyfleet.output import Sink
 
-NUM_SILENCES = 3        # timeouts of a connection without a sign before the other end is taken for gone
+NUM_SILENCES = 3        # timeouts of a connection without a sign before ssh, or the far end, takes the other one for gone
+NUM_PATIENCE = 5        # before we do: ssh's own words say more, where it watches this connection itself
 WORDS_BYTES = 1 << 14   # what is kept of what ssh says
 # For the login shell there, whichever it is: no !, no backslash, no line end. The first Python that is there reads a line
 # of JSON, takes over environment and folder, and becomes the far end, which finds the rest on its stdin.
@@ -71,7 +73,9 @@ class SshLauncher(Launcher):
         self.hosts, self.reach = hosts, reach
 
     def run(self, job: Job) -> int:
-        with _SshRun(job, Screen(job), self.hosts, self.reach) as run:
+        machines = [_Machine(host, host.slots or job.num_ranks) for host in self.hosts]
+        job = replace(job, total_ranks=sum(machine.num_ranks for machine in machines))
+        with _SshRun(job, Screen(job), machines, self.reach) as run:
             return run.to_its_end()
 
 
@@ -86,6 +90,7 @@ class _Machine:
         self.hello: Hello | None = None
         self.ordered = self.over = self.closed = False
         self.running: set[int] = set()
+        self.heard_at = math.inf            # once it is to be heard of
 
     def start(self, reach: Reach) -> None:
         """Start ssh, and hand over what the far end needs to become itself."""
@@ -115,6 +120,11 @@ class _Machine:
             self.orders.drop()
             self.process.stdin.close()
 
+    def kill(self, number: int) -> None:
+        """End ssh itself, and with it the connection."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):      # macOS says EPERM of a zombie
+            os.killpg(self.process.pid, number)
+
     def last_words(self) -> str:
         """The last line that ssh or the far end said, or how the process ended."""
         lines = self.words.decode(errors="replace").strip().splitlines()
@@ -138,10 +148,9 @@ def _folders(reach: Reach) -> list[str]:
 class _SshRun(Run):
     """Machines that start, then ranks on all of them, then nobody."""
 
-    def __init__(self, job: Job, screen: Screen, hosts: Sequence[Host], reach: Reach):
+    def __init__(self, job: Job, screen: Screen, machines: Sequence[_Machine], reach: Reach):
         super().__init__(job, screen)
-        self.reach = reach
-        self.machines = [_Machine(host, host.slots or job.num_ranks) for host in hosts]
+        self.machines, self.reach = machines, reach
         self.ordered = False
         self.problem: str | None = None         # with a machine, before anything else ended the job
         self.notes: list[str] = []
@@ -162,7 +171,7 @@ class _SshRun(Run):
             if hasattr(machine, "process"):
                 machine.hang_up()
                 if machine.process.poll() is None:
-                    os.killpg(machine.process.pid, signal.SIGKILL)
+                    machine.kill(signal.SIGKILL)
                 machine.process.wait()
                 machine.process.stdout.close()
                 machine.process.stderr.close()
@@ -190,11 +199,12 @@ class _SshRun(Run):
         elif stream is machine.process.stderr:
             machine.words = (machine.words + data)[-WORDS_BYTES:]
         else:
+            machine.heard_at = time.monotonic() if machine.ordered else math.inf
             try:
                 for each in machine.unframer.feed(data):
                     self._hear(machine, each)
             except (ValueError, KeyError, msgspec.MsgspecError) as error:
-                self._give_up(machine, f"it does not speak as this pyfleet does ({error})")
+                self._give_up(machine, f"it does not speak as this pyfleet does ({error})", started=machine.ordered)
         return bool(data)
 
     def _hear(self, machine: _Machine, said: object) -> None:
@@ -208,26 +218,24 @@ class _SshRun(Run):
                 self.screen.ended(said.rank, said.status, said.told)
                 if said.status and not said.told and not self.stopping:
                     self.failed.append((said.rank, said.status))
+            case Alive():
+                pass            # that it came is what it says
             case Failed():
-                self._give_up(machine, said.why)
+                self._give_up(machine, said.why, started=False)
             case Over():
                 machine.over = True
                 machine.running.clear()
 
-    def _give_up(self, machine: _Machine, why: str) -> None:
+    def _give_up(self, machine: _Machine, why: str, *, started: bool) -> None:
         """A machine is of no use any more, and with it the job."""
         machine.over = True
         machine.running.clear()
         self._hang_up(machine)
-        if machine.ordered:
-            text = f"lost {machine.host.address}: {why}"
-        else:
-            text = f"cannot start ranks on {machine.host.address}: {why}"
-        if self.stopping:
-            self.notes.append(text)
-        else:
-            self.problem = text
+        if not self.stopping:
+            self.problem = f"{'lost' if started else 'cannot start ranks on'} {machine.host.address}: {why}"
             self._stop(signal.SIGTERM, time.monotonic())
+        elif started:
+            self.notes.append(f"lost {machine.host.address}: {why}")
 
     def _hang_up(self, machine: _Machine) -> None:
         if not machine.closed:
@@ -243,25 +251,35 @@ class _SshRun(Run):
                     while self._read(machine, stream):
                         pass
                 if not machine.over and not (self.stopping and not machine.ordered):
-                    self._give_up(machine, machine.last_words())
+                    self._give_up(machine, machine.last_words(), started=machine.ordered)
         if not self.ordered and not self.stopping and not self.signals:
             if all(machine.hello for machine in self.machines):
                 self._order()
             elif now >= self.hello_by:
                 late = next(machine for machine in self.machines if not machine.hello)
-                self._give_up(late, f"pyfleet did not start within {self.reach.timeout_s + self.reach.start_s:g} s")
-                os.killpg(late.process.pid, signal.SIGKILL)
+                self._give_up(late, f"pyfleet did not start within {self.reach.timeout_s + self.reach.start_s:g} s", started=False)
+                late.kill(signal.SIGKILL)
+        self._notice_silence(now)
         if now >= self.alive_at:
             self.alive_at = now + self.reach.silence_s / 4
             for machine in self.machines:
                 if machine.ordered and machine.orders.empty:
                     machine.orders.write(bytes([ALIVE]))
 
+    def _notice_silence(self, now: float) -> None:
+        """Give up machines of which nothing was heard though we listened: ssh may share a connection that nobody watches."""
+        limit = NUM_PATIENCE * self.reach.timeout_s
+        for machine in self.machines:
+            if self.screen.full:
+                machine.heard_at = max(machine.heard_at, now) if machine.ordered else machine.heard_at
+            elif not machine.over and now - machine.heard_at > limit:
+                self._give_up(machine, f"nothing was heard of it for {limit:g} s", started=True)
+                machine.kill(signal.SIGKILL)
+
     def _order(self) -> None:
         """Everybody is there: tell them where the ranks meet, and start them."""
-        total = sum(machine.num_ranks for machine in self.machines)
-        shared = {"grace_s": self.job.grace_s, "overrides": self.job.overrides, "config": self.job.config, "total_ranks": total,
-                  "num_nodes": len(self.machines), "master_port": self.job.master_port}
+        shared = {"grace_s": self.job.grace_s, "overrides": self.job.overrides, "config": self.job.config,
+                  "total_ranks": self.job.total_ranks, "num_nodes": len(self.machines), "master_port": self.job.master_port}
         if len(self.machines) > 1:
             address = _meeting_address(self.machines)
             port = self.job.master_port or self.machines[0].hello.port
@@ -277,9 +295,12 @@ class _SshRun(Run):
                 self.screen.start(rank)
             own = {"num_ranks": machine.num_ranks, "first_rank": first, "node": node}
             machine.orders.write(msgspec.json.encode(Order(command, shared | own, self.reach.silence_s)) + b"\n")
-            machine.ordered = True
+            machine.ordered, machine.heard_at = True, time.monotonic()
             first += machine.num_ranks
         self.ordered = True
+
+    def _patience(self, now: float, drain_until: float | None) -> float:
+        return min(super()._patience(now, drain_until), self.reach.silence_s / 4)
 
     def _signal(self, number: int) -> None:
         for machine in self.machines:
@@ -288,7 +309,7 @@ class _SshRun(Run):
             elif not machine.ordered:
                 self._hang_up(machine)
                 if machine.process.poll() is None and machine.hello is None:
-                    os.killpg(machine.process.pid, signal.SIGKILL if number == signal.SIGKILL else signal.SIGTERM)      # ssh, on its way there
+                    machine.kill(signal.SIGKILL if number == signal.SIGKILL else signal.SIGTERM)       # ssh, on its way there
         if number == signal.SIGKILL:
             self.abandon_at = time.monotonic() + self.reach.timeout_s
 
@@ -298,7 +319,7 @@ class _SshRun(Run):
                 if machine.process.poll() is None:
                     if not machine.over:
                         self.notes.append(f"{machine.host.address} does not answer; its ranks end by themselves")
-                    os.killpg(machine.process.pid, signal.SIGKILL)
+                    machine.kill(signal.SIGKILL)
                     machine.process.wait()
                     machine.over = True
 

@@ -25,7 +25,7 @@ class ViewStore(Store):
 class AgentStore(ViewStore):
     """/path/of/the/agent's/socket#fleet.epoch"""
 
-    def __init__(self, place: str, rank: int, size: int, timeout: float):
+    def __init__(self, place: str, rank: int, size: int, timeout: float, secret: bytes | None = None):
         path, fleet, epoch = parse(place)
         super().__init__(SocketContact(path), fleet, epoch, timeout)
 

@@ -25,6 +25,10 @@ class Store(ABC):
         Raises:  KeyError when it is not there after `timeout` seconds; NotEnoughPeers when the store is gone.
         """
 
+    def refusals(self) -> str:
+        """What to add to the news that ranks are missing: how many have been turned away here, and why."""
+        return ""
+
     @abstractmethod
     def close(self) -> None:
         """Let go. Idempotent."""

@@ -15,7 +15,7 @@ LONGEST_LOOK_S = 0.02           # files have no portable event: look again, less
 class FileStore(Store):
     """One file per key, complete from the moment it has its name."""
 
-    def __init__(self, place: str, rank: int, size: int, timeout: float):
+    def __init__(self, place: str, rank: int, size: int, timeout: float, secret: bytes | None = None):
         self.directory = Path(place)
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)

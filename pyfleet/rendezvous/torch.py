@@ -10,7 +10,7 @@ from pyfleet.rendezvous.base import Store, decode, encode
 class TorchStore(Store):
     """host:port of a listening torch.distributed.TCPStore."""
 
-    def __init__(self, place: str, rank: int, size: int, timeout: float):
+    def __init__(self, place: str, rank: int, size: int, timeout: float, secret: bytes | None = None):
         from torch.distributed import DistError, PrefixStore, TCPStore
 
         host, _, port = place.rpartition(":")

@@ -70,6 +70,15 @@ def test_who_has_not_the_psk_is_refused(fresh_ranks, other):
     assert PSK not in str(first) + str(second)
 
 
+@pytest.mark.parametrize("other", [{"psk": PSK[::-1]}, {}, {"psk": PSK, "namespace": "other"}], ids=["other", "none", "name"])
+def test_who_has_not_the_psk_does_not_even_meet_the_others_at_rank_0(fresh_ranks, other):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        place = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    ends = fresh_ranks(2, "tcp", init=False, PYFLEET_RENDEZVOUS=place).run(join, [{"psk": PSK, "namespace": "lab"}, other])
+    assert ends[1] == ("AuthFailed", f"rank 0 at {place[6:]} hung up: its PSK, namespace or version is another")
+    assert ends[0] == ("NotEnoughPeers", "found 1 of 2 ranks within 3 s; missing: 1; refused 1, for another PSK or namespace")
+
+
 def test_members_of_a_namespace_meet_whatever_form_their_psk_has(fresh_ranks, tmp_path):
     path = tmp_path / "psk"
     path.write_text(PSK.upper() + "\n")

@@ -1,5 +1,7 @@
 """The command line of pyfleet-launch: what it accepts, and one clear line for what it does not."""
 import importlib
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +10,16 @@ import pytest
 
 from pyfleet.commands import COMMANDS, main
 from pyfleet.commands import launch as command
+from pyfleet.hosts import Host
 
 ROOT = Path(__file__).parents[3]
 
 
 class Recorder:
-    """Stands in for the launcher: keeps the job."""
+    """Stands in for a launcher: keeps the job, and for which hosts it is."""
+
+    def __init__(self, hosts=None, reach=None):
+        Recorder.hosts, Recorder.reach = hosts, reach
 
     def run(self, job):
         Recorder.job = job
@@ -27,11 +33,12 @@ def job(monkeypatch, tmp_path):
     (tmp_path / "package" / "inner").mkdir(parents=True)
     for name in ("package/__init__.py", "package/__main__.py", "package/digits.py", "package/inner/__init__.py"):
         (tmp_path / name).write_text("raise RuntimeError('imported')\n")
-    for name in ("PYFLEET_CONFIG", "PYFLEET_OVERRIDES", "CUDA_VISIBLE_DEVICES"):
+    for name in ("PYFLEET_CONFIG", "PYFLEET_OVERRIDES", "PYFLEET_PSK", "PYFLEET_PSK_FILE", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(command, "LocalLauncher", Recorder)
+    monkeypatch.setattr(command, "SshLauncher", Recorder)
     importlib.invalidate_caches()
 
     def job(*argv):
@@ -103,6 +110,64 @@ def test_overrides_of_the_environment_come_first(job, monkeypatch):
     assert job("--override", "seed=2", "train.py").overrides == ("seed=1", "seed=2")
 
 
+def test_chosen_variables(job, monkeypatch):
+    monkeypatch.setenv("MINE", "a b")
+    got = job("-x", "MINE", "--env", "X=1=2", "--env=EMPTY=", "train.py")
+    assert got.environment == (("MINE", "a b"), ("X", "1=2"), ("EMPTY", ""))
+    assert Recorder.hosts is None
+
+
+def test_hosts(job, tmp_path, monkeypatch):
+    for name, value in (("PYFLEET_TIMEOUT", "5"), ("PYFLEET_RANK", "3"), ("PYFLEET_CONNECTION_TIMEOUT_MS", "1500")):
+        monkeypatch.setenv(name, value)
+    got = job("--hosts", "a,ann@b:2", "-n3", "--ssh-command", "sh -F 'my config'", "--ssh_port=2222", "--workdir", "there",
+              "--remote-python", "python3.12", "-x", "X=1", "not/here.py")
+    assert (Recorder.hosts, got.num_ranks, got.command) == ([Host("a"), Host("b", "ann", 2)], 3, (sys.executable, "not/here.py"))
+    reach = Recorder.reach
+    assert (reach.ssh, reach.port, reach.python, reach.folder) == (["sh", "-F", "my config"], 2222, "python3.12", "there")
+    assert (reach.timeout_s, reach.silence_s, reach.start_s) == (1.5, 4.5, 30.0)
+    assert re.fullmatch("[0-9a-f]{64}", reach.environment["PYFLEET_PSK"])
+    assert reach.environment["PYFLEET_TIMEOUT"] == "5"
+    assert reach.environment["X"] == "1"
+    assert "PYFLEET_RANK" not in reach.environment
+    assert reach.environment["PYFLEET_PSK"] not in repr(reach)
+    first = reach.environment["PYFLEET_PSK"]
+    (tmp_path / "machines").write_text("a slots=4\nb:1\n")
+    assert job("--hostfile", "machines", "--nproc", "auto", "train.py").config is None
+    assert Recorder.hosts == [Host("a", slots=4), Host("b", slots=1)]
+    assert Recorder.reach.environment["PYFLEET_PSK"] != first
+    job("--hosts", "a", "train.py")
+    assert "PYFLEET_PSK" not in Recorder.reach.environment, "ranks of one host need none"
+
+
+def test_tmux(job, monkeypatch):
+    class InSession(Recorder):
+        def __init__(self, argv, rest, titles):
+            InSession.made = argv, rest, titles
+    monkeypatch.setattr(command, "TmuxLauncher", InSession)
+    job("--tmux", "-n2", "--hosts", "a:3,b", "train.py", "--tmux")
+    assert InSession.made == ([sys.executable, "-m", "pyfleet", "launch", "--panes"],
+                              ["-n2", "--hosts", "a:3,b", "--", "train.py", "--tmux"],
+                              [f"rank {rank} on {host}" for rank, host in enumerate("aaabb")])
+    job("--tmux", "-n2", "-m", "package")
+    assert InSession.made[1] == ["-n2", "-m", "--", "package"]
+    assert [title.split(" on ")[0] for title in InSession.made[2]] == ["rank 0", "rank 1"]
+    job("--tmux", "--join", "-n2", "train.py")
+    assert [title.split(" on ")[0] for title in InSession.made[2]] == ["local rank 0", "local rank 1"]
+
+
+def test_settings_go_along_as_content_and_secrets_apart(job, tmp_path, monkeypatch):
+    (tmp_path / "fleet.yaml").write_text("training: {epochs: 3}\ncluster: {psk: from the file, timeout: 7}\n")
+    got = job("--hosts", "a,b", "--config", "fleet.yaml", "--override", "seed=1", "train.py")
+    assert json.loads(got.config) == {"training": {"epochs": 3}, "cluster": {"timeout": 7}}
+    assert (got.config_path, got.overrides, Recorder.reach.environment["PYFLEET_PSK"]) == (None, ("seed=1",), "from the file")
+    monkeypatch.setenv("PYFLEET_CONFIG", "fleet.yaml")
+    got = job("--hosts", "a", "--override", "cluster.psk=said last", "--override", "psk = or so", "train.py")
+    assert (got.overrides, Recorder.reach.environment["PYFLEET_PSK"]) == ((), "or so")
+    assert "PYFLEET_CONFIG" not in Recorder.reach.environment
+    assert "said last" not in repr(got) + repr(Recorder.reach)
+
+
 @pytest.mark.parametrize("argv,message", [
     ([], "nothing to run: name a script, or a module after -m"),
     (["-m"], "nothing to run: name a script, or a module after -m"),
@@ -132,6 +197,22 @@ def test_overrides_of_the_environment_come_first(job, monkeypatch):
     (["-m", ".digits"], "-m takes a module's name, got '.digits'"),
     (["--no-python", "no-such-program"], "program 'no-such-program' not found"),
     (["-m", "--no-python", "x"], "-m and --no-python exclude each other"),
+    (["--host", "a", "train.py"], "unknown option --host; did you mean --hosts?"),
+    (["--hosts", "a", "--hostfile", "b", "train.py"], "--hosts and --hostfile exclude each other"),
+    (["--hosts", "a,,b", "train.py"], "--hosts 'a,,b' has an empty entry"),
+    (["--hosts", "a:0", "train.py"], "slots must be a number from 1 to 65536, got '0' (in --hosts a:0)"),
+    (["--hosts", "a:2,b", "--nproc", "auto", "train.py"],
+     "--nproc auto counts what this machine has: with hosts, give a number, or each its slots"),
+    (["--hosts", "a", "--ssh-port", "0", "train.py"], "--ssh-port must be a port from 1 to 65535, got '0'"),
+    (["--hosts", "a", "--ssh-command", " ", "train.py"], "--ssh-command is empty"),
+    (["--hosts", "a", "--ssh-command", "ssh 'x", "train.py"], '--ssh-command "ssh \'x": No closing quotation'),
+    (["--hosts", "a", "trian.py"], "script 'trian.py' does not exist; did you mean train.py?"),
+    (["--hostfile", "none", "train.py"], "cannot read the hostfile none: No such file or directory"),
+    (["--workdir", "there", "train.py"], "--workdir needs --hosts or --hostfile"),
+    (["--remote-python", "p", "train.py"], "--remote-python needs --hosts or --hostfile"),
+    (["--env", "NO SUCH", "train.py"], "--env takes NAME or NAME=VALUE, got 'NO SUCH'"),
+    (["--env", "NO_SUCH_VARIABLE", "train.py"],
+     "--env NO_SUCH_VARIABLE: it is not set here; give it a value, or leave it out"),
     (["--config", "none.yaml", "train.py"], "cannot read the config file none.yaml: No such file or directory"),
     (["--override", "training.epoch=1", "train.py"],
      "unknown key 'training.epoch' in --override training.epoch=1; did you mean training.epochs?"),
@@ -149,9 +230,12 @@ def test_help_names_every_option_once(job, capsys):
     assert ended.value.code == 0
     text = capsys.readouterr().out
     for option in ("--nproc N", "--module", "--config FILE", "--override KEY=VALUE", "--log-dir DIR", "--no-prefix",
-                   "--timeout-grace S", "--master-port PORT", "--standalone", "--no-python"):
+                   "--timeout-grace S", "--master-port PORT", "--standalone", "--no-python", "--hosts HOSTS", "--hostfile FILE",
+                   "--workdir DIR", "--remote-python PATH", "--ssh-command COMMAND", "--ssh-port PORT", "--env NAME[=VALUE]",
+                   "--tmux"):
         assert option in text
     assert "_per_node" not in text
+    assert "--panes" not in text
 
 
 def run(*argv, cwd=None):
@@ -166,6 +250,13 @@ def test_a_program_that_can_not_be_started_is_one_line_too(tmp_path):
     assert ended.returncode == 1
     assert ended.stderr.startswith("pyfleet launch: cannot start the ranks: ")
     assert ended.stderr.count("\n") == 1
+
+
+def test_so_is_an_ssh_that_is_not_there(tmp_path):
+    (tmp_path / "ok.py").touch()
+    ended = run("-m", "pyfleet", "launch", "--hosts", "192.0.2.1", "--ssh-command", "no-such-ssh -v", str(tmp_path / "ok.py"))
+    assert (ended.returncode, ended.stderr) == (
+        1, "pyfleet launch: cannot start the ranks: [Errno 2] No such file or directory: 'no-such-ssh'\n")
 
 
 def test_the_package_on_the_command_line(tmp_path):

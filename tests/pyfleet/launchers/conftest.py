@@ -1,4 +1,5 @@
 """Starts the launcher as people do, and tells afterwards what it left behind."""
+import contextlib
 import os
 import signal
 import subprocess
@@ -37,9 +38,9 @@ class Launched:
                 return seen
         raise AssertionError(f"the launcher ended without {text!r}: {seen!r} {self.stderr!r}")
 
-    def finish(self):
+    def finish(self, timeout=DEADLINE_S):
         """Wait for the end; return (exit code, the rest of stdout)."""
-        out, _ = self.process.communicate(timeout=DEADLINE_S)
+        out, _ = self.process.communicate(timeout=timeout)
         return self.process.returncode, out
 
     @property
@@ -80,7 +81,8 @@ def launch(tmp_path):
     yield launch
     for each in started:
         for process in each.processes():
-            process.send_signal(signal.SIGKILL)
+            with contextlib.suppress(psutil.Error):     # it has just ended
+                process.send_signal(signal.SIGKILL)
         each.process.wait()
         if each.process.stdout:
             each.process.stdout.close()

