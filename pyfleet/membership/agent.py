@@ -48,6 +48,9 @@ async def serve(path: str, service: Service, until: asyncio.Event) -> None:
         await until.wait()
     finally:
         server.close()
+        with contextlib.suppress(OSError):      # a launcher that was killed left them behind; one that lives may be quicker
+            os.unlink(path)
+            os.rmdir(os.path.dirname(path))     # if there is nothing else in it
 
 
 async def _converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter,

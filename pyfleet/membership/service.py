@@ -119,8 +119,8 @@ class Service:
         addresses = reachable(chosen(cluster.iface))
         # A port that was asked for is taken or refused; the usual one may be another node's, and discovery tells ours.
         port = cluster.master_port if cluster.role is NodeRole.MASTER else cluster.discovery_port
-        await self.door.open(port, tuple(addresses) + ("127.0.0.1",) * (addresses != ["127.0.0.1"])
-                             if cluster.iface else None, fallback=port == USUAL_PORT)
+        hosts = tuple(dict.fromkeys([*addresses, "127.0.0.1"])) if cluster.iface else None
+        await self.door.open(port, hosts, fallback=port == USUAL_PORT)
         self.node = Node(peer=self.own.key.peer_id, incarnation=secrets.token_hex(8), name=socket.gethostname(),
                          addresses=tuple(addresses), port=self.door.port, slots=self.slots, profile=self.profile,
                          version=self.version)

@@ -180,15 +180,10 @@ def test_a_launcher_that_is_ended_leaves_nothing_behind(machines, number):
     with Agents(machines.folder, machines.network) as agents:
         watcher = agents.start(3)
         wait_for(lambda: (status := watcher.status()) and len(status["nodes"]) == 3, 20, "all are there", agents)
-        os.kill(_python_below(jobs[0].pid), number)
+        os.kill(jobs[0].pid, number)
         assert jobs[0].wait(20) != 0
         wait_for(lambda: len(watcher.status()["nodes"]) == 2, 5, "its agent is gone", agents)
     jobs[1].kill()
-
-
-def _python_below(pid):
-    """nsenter runs the program in its own place: the process itself."""
-    return pid
 
 
 @pytest.mark.feature("P34", "P33")

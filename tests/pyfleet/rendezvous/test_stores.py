@@ -9,7 +9,9 @@ import pytest
 
 from pyfleet.errors import AuthFailed, ConfigError, NotEnoughPeers
 from pyfleet.rendezvous import RENDEZVOUS, open_store
+from pyfleet.rendezvous.agent import url_of
 from pyfleet.rendezvous.tcp import MOST_GUESTS, Channel, Server
+from tests.agents import Agents, agree, wait_for
 from tests.faults import Relay
 
 SECRET = b"known to the ranks"
@@ -20,6 +22,12 @@ def address(kind, tmp_path):
     """A place where `kind` can meet."""
     if kind == "file":
         yield f"file://{tmp_path}/meet"
+        return
+    if kind == "agent":
+        with Agents(tmp_path) as agents:
+            node = agents.start(0)
+            wait_for(lambda: agree([node]), 30, "a fleet of one", agents)
+            yield url_of(node.path, node.status()["fleet"], node.status()["epoch"])
         return
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
