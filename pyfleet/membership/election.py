@@ -492,7 +492,8 @@ class Election:
 
     def _target(self) -> tuple[str, str] | None:
         """(fleet, member to ask): the greatest fleet at work in sight; none that would lose what we have."""
-        fleets = [status for status in self._others().values() if status.step >= self.step]
+        fleets = [status for status in self._others().values() if status.step >= self.step
+                  or status.epoch > self._left.get(status.fleet, status.epoch)]         # our own fleet went on
         if self.view is not None or not fleets:
             return None
         best = max(fleets, key=_rank)
