@@ -177,9 +177,12 @@ def test_a_slow_network_only_takes_longer():
     world.until(world.agreed, 10)
 
 
-def test_survivors_on_both_sides_of_a_cut_found_anew():
+@pytest.mark.parametrize("step", [0, 1])
+def test_survivors_on_both_sides_of_a_cut_found_anew(step):
     """Three of five die, seen by one survivor only; the fleet's leader is among those that come back."""
     world = settled(5)
+    for election in world.living.values():
+        election.committed(step)
     world.kill("a")
     world.cut("ad", "bce")
     world.kill("b")
@@ -188,6 +191,7 @@ def test_survivors_on_both_sides_of_a_cut_found_anew():
     for name in "abc":
         world.start(name)
     world.until(world.agreed, 15)
+    assert world.agreed().step == step
 
 
 def test_the_order_of_the_ring_is_the_proposers():
