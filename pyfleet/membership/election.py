@@ -152,6 +152,7 @@ class Election:
         # in a fleet
         self._ballots: Ballots | None = None
         self._joins: dict[str, _Request] = {}
+        self._resigned: set[str] = set()                        # members that are connected and have dropped the view
         self._wants_change = False
         self._wanted_since = self._attempt_until = self._lost_since = self._next_retry = math.inf
         self._not_before = -math.inf
@@ -225,6 +226,7 @@ class Election:
             self._dead.add((peer, incarnation))
         for known in (self._up, self._heard, self._statuses, self._joins):
             known.pop(peer, None)
+        self._resigned.discard(peer)
         return self._count() + self._advance(now)
 
     def heard(self, peer: str, now: float) -> list[Action]:
@@ -286,9 +288,13 @@ class Election:
         return []
 
     def _on_status(self, peer, message):
-        self._statuses[peer] = message
+        before, self._statuses[peer] = self._statuses.get(peer), message
         if self.view is None:
             return []
+        if message.fleet == self.view.fleet:
+            self._resigned.discard(peer)
+        elif before is not None and before.fleet == self.view.fleet:
+            self._resigned.add(peer)                    # it has dropped the view, and does not take it up again
         behind = message.fleet == self.view.fleet and message.epoch < self.view.epoch
         # A founder's or proposer's decision that was lost with a connection: a member without a fleet gets it again.
         unseated = not message.fleet and self.view.seat(peer) is not None and self._is_present(peer)
@@ -331,8 +337,10 @@ class Election:
         known = self._statuses.get(peer)
         if known is None or known.fleet != view.fleet or known.epoch < view.epoch:
             self._statuses[peer] = told
-        if view.epoch <= self._left.get(view.fleet, 0):
-            return []
+        if view.epoch <= self._left.get(view.fleet, 0):         # said as a change, so that it is believed
+            mine = self._status()
+            was = messages.Status(view.fleet, view.epoch, 0, mine.step, "")
+            return [Send(peer, was), Send(peer, mine)] if self.view is None and self._is_in(view) else []
         if self.view is None:
             return self._install(view) if self._is_in(view) else []
         if view.fleet == self.view.fleet:
@@ -492,7 +500,8 @@ class Election:
 
     def _target(self) -> tuple[str, str] | None:
         """(fleet, member to ask): the greatest fleet at work in sight; none that would lose what we have."""
-        fleets = [status for status in self._others().values() if status.step >= self.step]
+        fleets = [status for status in self._others().values() if status.step >= self.step
+                  or status.epoch > self._left.get(status.fleet, status.epoch)]         # our own fleet went on
         if self.view is not None or not fleets:
             return None
         best = max(fleets, key=_rank)
@@ -601,6 +610,7 @@ class Election:
         self._enough_since, self._free = math.inf, frozenset()
         members = {(seat.peer, seat.incarnation) for seat in view.seats}
         self._dead &= members
+        self._resigned.clear()
         for peer, request in list(self._joins.items()):
             if (peer, request.seat.incarnation) in members:
                 del self._joins[peer]
@@ -622,6 +632,7 @@ class Election:
             self._left.popitem(last=False)
         self._joins.clear()
         self._dead.clear()
+        self._resigned.clear()
         self._free_since, self._next_join = self._now, -math.inf
         return [Lost(view, reason, max(self.step, view.step))]
 
@@ -651,8 +662,9 @@ class Election:
         if peer == self.own.peer:
             return True
         seat, node, request = self.view.seat(peer), self._up.get(peer), self._joins.get(peer)
-        return (seat is not None and node is not None and node.incarnation == seat.incarnation
-                and (request is None or request.seat.incarnation != seat.incarnation or request.count < 2))
+        if seat is None or node is None or node.incarnation != seat.incarnation or peer in self._resigned:
+            return False
+        return (request is None or request.seat.incarnation != seat.incarnation or request.count < 2)
 
     def _present(self) -> set[str]:
         return {peer for peer in self.view.peers if self._is_present(peer)}

@@ -138,6 +138,18 @@ def test_of_two_new_fleets_the_larger_stays():
     assert world.agreed().fleet == fleet
 
 
+def test_whoever_was_left_out_comes_back_though_it_had_committed_more():
+    world = settled(3)
+    world.living["c"].committed(1000)                               # the others had not heard of it when it was cut off
+    for name in "ab":
+        world.living[name].committed(999)
+    world.cut("c", "ab")
+    world.until(lambda: world.agreed("ab"), 5)
+    world.heal()
+    world.until(world.agreed, 3)
+    assert len({view.fleet for _, _, view in world.installed}) == 1
+
+
 def test_a_fleet_whose_quorum_restarted_unseen_is_founded_anew_at_its_step():
     world = settled(2)
     for election in world.living.values():
@@ -165,9 +177,12 @@ def test_a_slow_network_only_takes_longer():
     world.until(world.agreed, 10)
 
 
-def test_survivors_on_both_sides_of_a_cut_found_anew():
+@pytest.mark.parametrize("step", [0, 1])
+def test_survivors_on_both_sides_of_a_cut_found_anew(step):
     """Three of five die, seen by one survivor only; the fleet's leader is among those that come back."""
     world = settled(5)
+    for election in world.living.values():
+        election.committed(step)
     world.kill("a")
     world.cut("ad", "bce")
     world.kill("b")
@@ -176,6 +191,7 @@ def test_survivors_on_both_sides_of_a_cut_found_anew():
     for name in "abc":
         world.start(name)
     world.until(world.agreed, 15)
+    assert world.agreed().step == step
 
 
 def test_the_order_of_the_ring_is_the_proposers():
