@@ -48,8 +48,8 @@ class HealthSettings:
         margin_s:   by which proof of being heard must be younger than dead_after_s: what clocks differ in that time.
     """
 
-    ping_every_s: float = 1.0
-    dead_after_s: float = 3.0
+    ping_every_s: float = 1.3           # a fleet of eight stays below 1 KB/s each, all headers included
+    dead_after_s: float = 3.4           # two heartbeats and the answer to the first, and a moment
     most_s: float = 8.0
     spread: float = 8.0
     weight: float = 0.2

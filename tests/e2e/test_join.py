@@ -179,7 +179,11 @@ def test_a_launcher_that_is_ended_leaves_nothing_behind(machines, number):
     jobs = [machines.launch(host, "--min-nodes", "3", script) for host in range(2)]       # both wait for a third
     with Agents(machines.folder, machines.network) as agents:
         watcher = agents.start(3)
-        wait_for(lambda: (status := watcher.status()) and len(status["nodes"]) == 3, 20, "all are there", agents)
+        def are_there():
+            ended = [job.communicate() for job in jobs if job.poll() is not None]
+            assert not ended, ended
+            return (status := watcher.status()) and len(status["nodes"]) == 3
+        wait_for(are_there, 20, "all are there", agents)
         os.kill(jobs[0].pid, number)
         assert jobs[0].wait(20) != 0
         wait_for(lambda: len(watcher.status()["nodes"]) == 2, 5, "its agent is gone", agents)
