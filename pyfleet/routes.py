@@ -54,6 +54,8 @@ class CompressedAllReduce:
         self._engine, self._is_mean = engine, demand_op(op)
         self.compressor = parse_spec(compression)
         self.compressor.bind([(num_elems,)] if shapes is None else shapes)
+        if self.compressor.momentum and not error_feedback:
+            raise ConfigError(f"{self.compressor.name}: momentum works on what error feedback keeps: leave error_feedback on")
         if error_feedback and self.compressor.lossy and not isinstance(self.compressor, ErrorFeedback):
             self.compressor = ErrorFeedback(self.compressor, num_elems, undo)
         self.step = self._committed = 0
