@@ -254,10 +254,9 @@ class Auto(Int8):
     """As in training, whatever "auto" stands for."""
 
     def array(self, num_elems: int) -> Any:
-        from pyfleet.choice import decide
-        from pyfleet.routes import CompressedAllReduce
+        from pyfleet.routes import CompressedAllReduce, chosen
 
-        name = decide(self.engine, num_elems).compression
+        name = chosen(self.engine, num_elems).compression
         way = _Dense(self._all_reduce) if name == "none" else CompressedAllReduce(self.engine, name, num_elems, "mean")
         return Bucket(Hosts.array(self, num_elems), way)
 

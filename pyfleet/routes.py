@@ -22,7 +22,7 @@ from zlib import crc32
 import numpy as np
 
 from pyfleet.arrays import dtype_name, from_buffer, is_tensor, reduce_op
-from pyfleet.choice import AUTO, WITHOUT_FEEDBACK, decide
+from pyfleet.choice import AUTO, WITH_FEEDBACK, WITHOUT_FEEDBACK, Choice, decide
 from pyfleet.compressors import Compressor, parse_spec
 from pyfleet.compressors.feedback import ErrorFeedback
 from pyfleet.connections import Deadline
@@ -118,7 +118,7 @@ def one_off(engine: Any, x: Any, op: Any, compression: str | Compressor) -> Call
     Raises:  ConfigError for another op, or a compression that is not there; DTypeError.
     """
     if is_auto(compression):
-        return _chosen(engine, x, op)
+        return _one_off_chosen(engine, x, op)
     is_mean, space, compressor, x = demand_op(op), _space_of(engine), parse_spec(compression), _demand_floats(x)
     if compressor is not compression and compressor.route == "own":
         compressor.bind([tuple(x.shape)])
@@ -134,13 +134,30 @@ def is_auto(compression: Any) -> bool:
     return isinstance(compression, str) and compression.strip().lower() == AUTO
 
 
-def _chosen(engine: Any, x: Any, op: Any) -> Callable[[float | None], None]:
+def chosen(engine: Any, num_elems: int, *, feedback: bool = True, timeout: float | None = None) -> Choice:
+    """What compression="auto" stands for; see pyfleet.choice.decide.
+
+    Args:    feedback: whether there is error feedback.
+    """
+    ways: dict[str, CompressedAllReduce] = {}
+
+    def attempt(name: str, x: np.ndarray) -> None:
+        if name == "none":
+            engine.all_reduce(x, "mean", timeout=timeout)
+            return
+        if name not in ways:
+            ways[name] = CompressedAllReduce(engine, name, num_elems, "mean", error_feedback=feedback)
+        ways[name].all_reduce(x, timeout)
+    return decide(engine, num_elems, attempt, WITH_FEEDBACK if feedback else WITHOUT_FEEDBACK, timeout=timeout)
+
+
+def _one_off_chosen(engine: Any, x: Any, op: Any) -> Callable[[float | None], None]:
     demand_op(op)
     x = _demand_floats(x)
     num_elems = x.numel() if is_tensor(x) else x.size
 
     def all_reduce(timeout: float | None = None) -> None:
-        name = decide(engine, num_elems, WITHOUT_FEEDBACK, timeout=timeout).compression
+        name = chosen(engine, num_elems, feedback=False, timeout=timeout).compression
         if name == "none":
             engine.all_reduce(x, op, timeout=timeout)
         else:

@@ -11,12 +11,12 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from pyfleet.choice import AUTO, WITH_FEEDBACK, WITHOUT_FEEDBACK, decide
+from pyfleet.choice import AUTO
 from pyfleet.compressors import Compressor, parse_spec
 from pyfleet.engines import Engine, current
 from pyfleet.errors import ConfigError, DTypeError, ShapeError
 from pyfleet.gradients import Bucket, BufferBroadcast, GradientHooks, Reducer, make_buckets
-from pyfleet.routes import CompressedAllReduce, is_auto
+from pyfleet.routes import CompressedAllReduce, chosen, is_auto
 from pyfleet.strategies.base import Strategy
 
 log = logging.getLogger("pyfleet.compression")
@@ -83,7 +83,7 @@ class DistributedDataParallel(Strategy):
 
     def _choose(self, bucket: Bucket) -> str:
         """The compression that "auto" stands for; told once, by rank 0."""
-        choice = decide(self.engine, bucket.values.numel(), WITH_FEEDBACK if self._error_feedback else WITHOUT_FEEDBACK)
+        choice = chosen(self.engine, bucket.values.numel(), feedback=self._error_feedback)
         if self.engine.rank == 0:
             log.info("bucket %d of %d travels by %s", self._buckets.index(bucket) + 1, len(self._buckets), choice.reason)
         return choice.compression

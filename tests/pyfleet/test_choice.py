@@ -90,6 +90,52 @@ def test_codecs_are_measured_once_and_plausibly():
         assert all(1e-12 < seconds < 1e-6 for seconds in codec[:3])
 
 
+class Engine:
+    """One of two ranks on hosts of their own, with links of a Gbit/s and a clock that only attempts move."""
+
+    hosts = (0, 1)
+
+    def __init__(self, others=()):
+        self.others, self.now, self.barriers = others, 0.0, 0
+
+    def measure_links(self, *, timeout=None):
+        return links(1, 1)
+
+    def barrier(self, *, timeout=None):
+        self.barriers += 1
+
+    def all_reduce(self, x, op, *, timeout=None):
+        assert op == "max"
+        if x.shape == (choice.TRIAL_ROUNDS + 1, 2):
+            np.maximum(x, self.others or 0, out=x)
+
+
+@pytest.mark.parametrize(("int8_s", "others", "expected"), [
+    (0.005, (), "int8"), (0.0095, (), "none"), (0.02, (), "none"), (0.005, (0.0, 0.02), "none"), (0.005, (0.03, 0.02), "int8")])
+def test_a_small_bucket_has_to_win_a_trial_on_the_slowest_rank(monkeypatch, int8_s, others, expected):
+    engine, arrays = Engine(others), set()
+    monkeypatch.setattr(choice, "measure_codecs", lambda: CODECS)
+    monkeypatch.setattr(choice.time, "perf_counter", lambda: engine.now)
+
+    def attempt(name, x):
+        arrays.add((name, x.size))
+        engine.now += {"none": 0.01, "int8": int8_s}[name]
+    made = choice.decide(engine, MB, attempt)
+    assert made.compression == expected
+    assert arrays == {("none", MB), ("int8", MB)}
+    assert engine.barriers == 2 * (choice.TRIAL_ROUNDS + 1)
+    assert made.seconds == pytest.approx({"none": max(0.01, *others[:1], 0), "int8": max(int8_s, *others[1:], 0)})
+    assert made.reason.endswith("tried with 1 MB on 2 hosts, the slowest link 125 MB/s")
+    assert choice.decide(engine, MB, attempt) is made and engine.barriers == 2 * (choice.TRIAL_ROUNDS + 1)      # once
+    assert [entry["compression"] for entry in choice.choices(engine)] == [expected]
+
+
+def test_large_buckets_and_those_that_stay_as_they_are_need_no_trial(monkeypatch):
+    monkeypatch.setattr(choice, "measure_codecs", lambda: CODECS)
+    assert choice.decide(Engine(), 25 * MB, None).compression == "int8"
+    assert choice.decide(Engine(), 10, None).compression == "none"
+
+
 # ---- between processes ------------------------------------------------------------------------------------------------
 
 def auto_in_memory(n):
