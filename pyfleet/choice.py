@@ -27,9 +27,9 @@ AUTO = "auto"
 WITH_FEEDBACK = ("none", "bf16", "int8")
 WITHOUT_FEEDBACK = ("none", "bf16")     # int8 is off by up to 1/254 of a block's largest, and nothing would make up for it
 MIN_GAIN = 0.2              # of the dense time: predictions are not better than that, and float32 loses nothing
-TRIAL_S = 0.1               # buckets whose float32 takes less are tried: half a second at most, once for each size
-TRIAL_ROUNDS = 5
-MIN_TRIED_GAIN = 0.1
+TRIAL_S = 0.1               # buckets whose float32 takes less are tried: two seconds at most, once for each size
+TRIAL_ROUNDS = 9
+MIN_TRIED_GAIN = 0.1        # of the medians, and of the quickest: other work on the machine disturbs the ones more than the others
 PROBE_ELEMS = 1 << 20       # 4 MB: more than L2 holds, as buckets are, and coded in a millisecond
 PROBE_ROUNDS = 4            # the first one touches the memory
 
@@ -159,7 +159,9 @@ def _tried(engine: Any, num_elems: int, choice: Choice, attempt: Callable[[str, 
             row[i] = time.perf_counter() - start
     engine.all_reduce(taken, "max", timeout=timeout)
     measured = np.median(taken[1:], axis=0).tolist()            # the first round makes room
-    return _better(dict(zip(names, measured, strict=True)), MIN_TRIED_GAIN, "tried with " + choice.reason.partition(": ")[2])
+    least = taken[1:].min(axis=0)
+    min_gain = MIN_TRIED_GAIN if least[1] <= (1 - MIN_TRIED_GAIN) * least[0] else 1.0
+    return _better(dict(zip(names, measured, strict=True)), min_gain, "tried with " + choice.reason.partition(": ")[2])
 
 
 def choices(engine: Any) -> list[dict[str, Any]]:

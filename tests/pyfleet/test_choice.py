@@ -130,6 +130,19 @@ def test_a_small_bucket_has_to_win_a_trial_on_the_slowest_rank(monkeypatch, int8
     assert [entry["compression"] for entry in choice.choices(engine)] == [expected]
 
 
+def test_a_codec_that_wins_only_while_others_disturb_loses(monkeypatch):
+    engine, calls = Engine(), []
+    monkeypatch.setattr(choice, "measure_codecs", lambda: CODECS)
+    monkeypatch.setattr(choice.time, "perf_counter", lambda: engine.now)
+
+    def attempt(name, x):
+        calls.append(name)
+        engine.now += 0.006 if name == "int8" else 0.005 if len(calls) % 8 == 1 else 0.02     # undisturbed, float32 takes less
+    made = choice.decide(engine, MB, attempt)
+    assert made.seconds["int8"] < made.seconds["none"]
+    assert made.compression == "none" and made.reason.startswith("none ")
+
+
 def test_large_buckets_and_those_that_stay_as_they_are_need_no_trial(monkeypatch):
     monkeypatch.setattr(choice, "measure_codecs", lambda: CODECS)
     assert choice.decide(Engine(), 25 * MB, None).compression == "int8"
