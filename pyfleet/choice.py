@@ -2,7 +2,8 @@
 
     as it is        what the quickest algorithm takes for float32 (fleetcore.schedules.model)
     compressed      an all-to-all and an all-gather of encodings, and what this takes a core besides: encode all, add up what
-                    comes for the own segment, encode that once more, decode all
+                    comes for the own segment, encode that once more, decode all. They are added although pieces of large
+                    buckets overlap: a prediction that errs shall err for float32
 
 Only what passes between hosts counts: within a host nothing is compressed. Where all of it takes little, what the formula
 leaves out may be most (waking up, crossing from Python, ranks that share a core): then the best candidate has to win against
