@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import pathlib
@@ -32,6 +33,7 @@ RATE = "100mbit"            # of old switches and good WiFi: where a gradient of
 EPOCHS, STEPS = 40, 400     # of digits, of gpt: half a minute each on two cores
 SMOOTHING = 0.1             # of the labels of digits: without it the loss goes to 1e-4, where nothing can be compared
 POINTS = 20                 # of a curve
+SKIPPED = 2                 # of them, at the start, may lie above the plot: all methods fall from the same height
 
 
 class Curve(Callback):
@@ -130,7 +132,8 @@ class _Alive(Callback):
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench tradeoff", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", type=parse_list, default=list(WORKLOADS), metavar="A,B", help="default " + ",".join(WORKLOADS))
+    parser.add_argument("--workloads", type=parse_list, default=list(WORKLOADS), metavar="A,B",
+                        help="default " + ",".join(WORKLOADS))
     parser.add_argument("--methods", default=";".join(METHODS), metavar="A;B", help="specifications (default %(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="each on a host of its own (default 2)")
     parser.add_argument("--rate", default=RATE, help="of every host's link, each way (default %(default)s); none: loopback")
@@ -138,6 +141,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=STEPS, help="of gpt (default %(default)s)")
     parser.add_argument("--gpt", default="", metavar="OPTIONS", help='more for gpt, such as "--model-dim 128 --layers 4"')
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--draw", metavar="FILE", help="train nothing: draw the figures of an earlier run again")
     parser.add_argument("--png", default="tradeoff.png", metavar="FILE", help="the plot; its figures go beside it, as .json")
     options = parser.parse_args(argv)
     options.methods = [method.strip() for method in options.methods.split(";") if method.strip()]
@@ -162,6 +166,10 @@ def main(argv: list[str]) -> int:
     except ImportError:
         print("bench: the plot needs matplotlib: pip install 'pyfleet[plot]'", file=sys.stderr)
         return 2
+    if options.draw:
+        plot(json.loads(pathlib.Path(options.draw).read_text()), pathlib.Path(options.png))
+        print(f"wrote {options.png}")
+        return 0
     record: dict = {"benchmark": "tradeoff", "ranks": options.ranks, "rate": options.rate, "curves": [], "troubles": []}
     png, others = pathlib.Path(options.png), OtherWork()
     with ended_by_signals(), _hosts(options) as prefix:
@@ -208,9 +216,10 @@ def told(record: dict) -> str:
     for curve in record["curves"]:
         steps, loss, seconds, sent = curve["points"][-1]
         dense = plain.get(curve["workload"])
-        lines.append([curve["workload"], curve["method"], str(steps), f"{loss:.4f}", f"{100 * (loss / dense[1] - 1):+.1f} %" if dense else "",
-                      f"{sent / 1e6:.2f} MB", f"{100 * sent / dense[3]:.1f} %" if dense else "", f"{seconds:.1f} s",
-                      f"{dense[2] / seconds:.2f}" if dense else ""])
+        against = (f"{100 * (loss / dense[1] - 1):+.1f} %", f"{100 * sent / dense[3]:.1f} %", f"{dense[2] / seconds:.2f}") \
+            if dense else ("", "", "")
+        lines.append([curve["workload"], curve["method"], str(steps), f"{loss:.4f}", against[0], f"{sent / 1e6:.2f} MB", against[1],
+                      f"{seconds:.1f} s", against[2]])
     header = ["workload", "method", "steps", "held-out loss", "against none", "sent", "of none", "training", "times as fast"]
     where = f"{record['ranks']} hosts, {record['rate']}" if record["rate"] != "none" else f"{record['ranks']} ranks, loopback"
     return "\n\n".join(filter(None, [f"\n{where}; losses in nats, seconds without evaluation", table(header, lines, left=2),
@@ -221,6 +230,7 @@ def plot(record: dict, path: pathlib.Path) -> None:
     """Write the curves as a PNG: a row a workload, loss against bytes on the left and against time on the right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from PIL import Image
 
     workloads = list(dict.fromkeys(curve["workload"] for curve in record["curves"]))
     methods = list(dict.fromkeys(curve["method"] for curve in record["curves"]))
@@ -234,8 +244,14 @@ def plot(record: dict, path: pathlib.Path) -> None:
             axes[1].plot(seconds, losses, **style)
         axes[0].set(xscale="log", xlabel="MB sent by a rank, at the socket", ylabel=f"{row}: held-out loss (nats)")
         axes[1].set(xlabel=f"seconds of training, {record['rate'] if record['rate'] != 'none' else 'loopback'}")
+        losses = [loss for curve in record["curves"] if curve["workload"] == row for _, loss, *_ in curve["points"]]
+        begun = [curve["points"][min(SKIPPED, len(curve["points"]) - 1)][1]
+                 for curve in record["curves"] if curve["workload"] == row]
         for each in axes:
             each.grid(alpha=0.3)
+            each.set_ylim(min(losses) - 0.05 * (min(begun) - min(losses)) - 1e-3, max(begun) + 1e-3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), fontsize="small")
-    figure.savefig(path, dpi=70)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=90)
+    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)     # a plot has few colours: half the bytes

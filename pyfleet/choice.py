@@ -13,6 +13,7 @@ codecs and trials as the slowest rank measured them.
 from __future__ import annotations
 
 import functools
+import math
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,7 @@ WITHOUT_FEEDBACK = ("none", "bf16")     # int8 is off by up to 1/254 of a block'
 MIN_GAIN = 0.2              # of the dense time: predictions are not better than that, and float32 loses nothing
 TRIAL_S = 0.1               # buckets whose float32 takes less are tried: two seconds at most, once for each size
 TRIAL_ROUNDS = 9
-MIN_TRIED_GAIN = 0.1        # of the medians, and of the quickest: other work on the machine disturbs the ones more than the others
+MIN_TRIED_GAIN = 0.1        # of the medians, and of the quickest calls, which other work on the machine disturbs least
 PROBE_ELEMS = 1 << 20       # 4 MB: more than L2 holds, as buckets are, and coded in a millisecond
 PROBE_ROUNDS = 4            # the first one touches the memory
 
@@ -56,11 +57,12 @@ def choose(num_elems: int, links: model.Links | None, hosts: Sequence[int], code
            candidates: Sequence[str] = WITH_FEEDBACK) -> Choice:
     """The candidate that takes least for a bucket of float32; "none" while that saves less than MIN_GAIN. A pure function.
 
-    Args:    links: of all ranks; None when they are on one host.  hosts: the host of every rank.
+    Args:    links: of all ranks; None when they are on one host, or nobody knows.  hosts: the host of every rank.
              candidates: "none" and names of codecs.
     """
-    if links is None or len(set(hosts)) < 2 or not num_elems:
-        return Choice("none", {}, "no link between hosts was measured" if len(set(hosts)) > 1 else "all ranks are on one host")
+    if links is None or not num_elems:
+        return Choice("none", {}, "there is nothing to send" if not num_elems else "all ranks are on one host"
+                      if len(set(hosts)) == 1 else "no link between hosts was measured")
     of_host: dict[int, list[float]] = {}
     for host, bandwidth in zip(hosts, links.bandwidths, strict=True):
         of_host.setdefault(host, []).append(bandwidth)
@@ -115,12 +117,12 @@ def _measured(name: str) -> Codec:
 # ---- of an engine -------------------------------------------------------------------------------------------------------
 
 class _Known(NamedTuple):
-    """What an engine's choices rest on, and those made so far, by elements and candidates."""
+    """What an engine's choices rest on, and those made so far: (elements, choice) by the class of size and the candidates."""
 
     links: model.Links | None
     hosts: tuple[int, ...]
     codecs: dict[str, Codec]
-    made: dict[tuple[int, tuple[str, ...]], Choice]
+    made: dict[tuple[int, tuple[str, ...]], tuple[int, Choice]]
 
 
 _known: weakref.WeakKeyDictionary[Any, _Known] = weakref.WeakKeyDictionary()
@@ -130,7 +132,8 @@ def decide(engine: Any, num_elems: int, attempt: Callable[[str, np.ndarray], Non
            candidates: tuple[str, ...] = WITH_FEEDBACK, *, timeout: float | None = None) -> Choice:
     """What the engine's ranks send a bucket of so many elements by. All ranks ask, in the same order; they get the same.
 
-    The first time links and codecs are measured, where ranks are on several hosts: a fraction of a second.
+    The first time links and codecs are measured, where ranks are on several hosts: a fraction of a second. What is chosen for
+    one size goes for those that are like it.
 
     Args:    attempt: makes the mean of an array over the ranks, by one of the candidates: for trials.
     Raises:  what the engine raises.
@@ -138,13 +141,13 @@ def decide(engine: Any, num_elems: int, attempt: Callable[[str, np.ndarray], Non
     known = _known.get(engine)
     if known is None:
         known = _known[engine] = _learn(engine, timeout)
-    key = (num_elems, candidates)
+    key = (int(2 * math.log2(num_elems)) if num_elems else -1, candidates)     # sizes within a factor of 1.4 are alike
     if key not in known.made:
         choice = choose(num_elems, known.links, known.hosts, known.codecs, candidates)
         if choice.compression != "none" and choice.seconds["none"] < TRIAL_S:
             choice = _tried(engine, num_elems, choice, attempt, timeout)
-        known.made[key] = choice
-    return known.made[key]
+        known.made[key] = (num_elems, choice)
+    return known.made[key][1]
 
 
 def _tried(engine: Any, num_elems: int, choice: Choice, attempt: Callable[[str, np.ndarray], None],
@@ -167,11 +170,11 @@ def _tried(engine: Any, num_elems: int, choice: Choice, attempt: Callable[[str, 
 
 def choices(engine: Any) -> list[dict[str, Any]]:
     """What "auto" stood for on this engine: {"bytes", "compression", "predicted_s": by candidate, or measured in a trial,
-    "reason"} of each size."""
+    "reason"} of each class of sizes, by the first one of it."""
     known = _known.get(engine)
     return [] if known is None else [
         {"bytes": 4 * num_elems, "compression": choice.compression, "predicted_s": choice.seconds, "reason": choice.reason}
-        for (num_elems, _), choice in known.made.items()]
+        for num_elems, choice in known.made.values()]
 
 
 def _learn(engine: Any, timeout: float | None) -> _Known:

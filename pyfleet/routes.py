@@ -458,7 +458,8 @@ class _Piece:
     @classmethod
     def cut(cls, cuts: list[int], num_pieces: int, compressor: Compressor) -> list[_Piece]:
         """The segments that lie between cuts, in so many pieces each."""
-        inner = [[start + each for each in bounds(stop - start, num_pieces, compressor.block)] for start, stop in pairwise(cuts)]
+        inner = [[start + each for each in bounds(stop - start, num_pieces, compressor.block)]
+                 for start, stop in pairwise(cuts)]
         pieces, at = [], 0
         for number in range(num_pieces):
             piece = cls(number, [], [], [])
@@ -482,7 +483,8 @@ class _Piece:
 
     def parts(self) -> Iterator[tuple[slice, slice]]:
         """What there is of it: (of the array, of the wire)."""
-        return ((segment, place) for segment, place in zip(self.segments, self.places, strict=True) if place.stop > place.start)
+        both = zip(self.segments, self.places, strict=True)
+        return ((segment, place) for segment, place in both if place.stop > place.start)
 
 
 def _slot(length: int) -> int:

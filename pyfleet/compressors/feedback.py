@@ -15,8 +15,9 @@ class ErrorFeedback(Compressor):
     """A compressor that encodes x + residual, and keeps as residual what decoding will not give back.
 
     Over any number of steps the sum of what was sent plus the residual is the sum of what was to be sent, to half a unit
-    in the last place of the residual a step. Where the compressor has momentum, what is to be sent is the velocity. It wraps any compressor and is used in its place. A piece of the bucket uses
-    the residual at its `offset`; in one step every element is encoded at most once.
+    in the last place of the residual a step. Where the compressor has momentum, what is to be sent is the velocity.
+    It wraps any compressor and is used in its place. A piece of the bucket uses the residual at its `offset`; in one step
+    every element is encoded at most once.
 
     Between two commits everything can be undone, for steps that fail or are skipped: `rollback`.
 

@@ -28,6 +28,7 @@ from pyfleet.trainer import Callback
 
 BYTES = 256                 # the vocabulary
 HELD_OUT = 20               # every 20th file
+NOT_OURS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 EVAL_WINDOWS = 128          # of the held-out text, evenly spaced: a second's work
 RATES = {"adamw": 2e-3, "sgd": 0.3}     # for the sizes that are the default; found by trying
 
@@ -112,11 +113,11 @@ def load_text(source: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         train, held_out = np.split(text, [len(text) - len(text) // HELD_OUT])
     else:
         folder = Path(sysconfig.get_path("stdlib") if source is None else source)
-        left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"} if source is None else set()
+        left_out = NOT_OURS if source is None else set()
         files = sorted(path for path in folder.rglob("*.py") if not left_out & set(path.relative_to(folder).parts))
-        parts = [np.fromfile(path, np.uint8) for path in files]
-        train = np.concatenate([part for i, part in enumerate(parts) if i % HELD_OUT != HELD_OUT - 1] or [np.empty(0, np.uint8)])
-        held_out = np.concatenate(parts[HELD_OUT - 1::HELD_OUT] or [np.empty(0, np.uint8)])
+        parts, nothing = [np.fromfile(path, np.uint8) for path in files], np.empty(0, np.uint8)
+        train = np.concatenate([nothing, *(part for i, part in enumerate(parts) if i % HELD_OUT != HELD_OUT - 1)])
+        held_out = np.concatenate([nothing, *parts[HELD_OUT - 1::HELD_OUT]])
     if min(len(train), len(held_out)) < 2:
         raise ValueError(f"{source or 'the standard library'} has no text to train on and hold out: {len(train)} and "
                          f"{len(held_out)} bytes")
@@ -164,7 +165,7 @@ def _num_starts(text: np.ndarray, length: int) -> int:
 # ---- training --------------------------------------------------------------------------------------------------
 
 def learning_rate(step: int, steps: int, top: float, least: float, warmup: int) -> float:
-    """The rate of a step, counted from 0: up a line to `top` in `warmup` steps, then half a cosine down to `least` at the last."""
+    """The rate of a step, counted from 0: up a line to `top` in `warmup` steps, then half a cosine down to `least`."""
     if step < warmup:
         return top * (step + 1) / warmup
     way = (step - warmup) / max(1, steps - 1 - warmup)
@@ -244,7 +245,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m pyfleet.examples.gpt", description=__doc__.splitlines()[0])
     sizes = parser.add_argument_group("model")
     for name in ("model_dim", "layers", "heads", "ff", "max_seq"):
-        sizes.add_argument(f"--{name.replace('_', '-')}", type=_count, default=getattr(shape, name), help="default %(default)s")
+        sizes.add_argument(f"--{name.replace('_', '-')}", type=_count, default=getattr(shape, name),
+                           help="default %(default)s")
     sizes.add_argument("--dropout", type=float, default=shape.dropout, help="default %(default)s")
     parser.add_argument("--steps", type=_count, default=600, help="updates of the model (default %(default)s)")
     parser.add_argument("--batch-size", type=_count,

@@ -75,7 +75,8 @@ class DistributedDataParallel(Strategy):
         self._error_feedback = error_feedback
         specs = {bucket: self._choose(bucket) if self._auto else compressor.fresh() for bucket in self._buckets
                  if not bucket.dense}
-        self._compressed = {bucket: self._way(bucket, spec) for bucket, spec in specs.items() if parse_spec(spec).kind != "none"}
+        self._compressed = {bucket: self._way(bucket, spec) for bucket, spec in specs.items()
+                            if parse_spec(spec).kind != "none"}
         self._reducer = Reducer(self.engine, BufferBroadcast(model, self.engine) if broadcast_buffers else None,
                                 self._compressed)
         self._hooks = GradientHooks(self._buckets, self._reducer)
@@ -222,7 +223,8 @@ def _rule(dense_below: int | Callable[[str, torch.nn.Parameter], bool]) -> Calla
     if callable(dense_below):
         return dense_below
     if isinstance(dense_below, bool) or not isinstance(dense_below, int) or dense_below < 0:
-        raise ConfigError(f"dense_below must be a number of elements >= 0 or a function of (name, parameter), got {dense_below!r}")
+        raise ConfigError("dense_below must be a number of elements >= 0 or a function of (name, parameter), got "
+                          f"{dense_below!r}")
     return lambda name, parameter: parameter.numel() < dense_below
 
 

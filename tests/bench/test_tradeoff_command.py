@@ -36,6 +36,8 @@ def test_curves_of_both_examples_with_bytes_of_the_socket_and_a_plot(tmp_path):
         share = {"none": 1.0, "int8": 0.256, "topk(ratio=0.01)": 0.0125}[method]
         exact, overhead = 4 * num_elems[workload] * points[-1][0], 1000 * points[-1][0] + 5000 * len(points)
         assert share * exact * 0.95 < points[-1][3] < share * exact + overhead
+    assert main(["tradeoff", "--draw", str(png.with_suffix(".json")), "--png", str(tmp_path / "again.png")]) == 0
+    assert (tmp_path / "again.png").read_bytes() == png.read_bytes()
     for method in ("int8", "topk(ratio=0.01)"):
         assert any(line.startswith("digits ") and method in line and "%" in line for line in done.stdout.splitlines())
 

@@ -35,7 +35,7 @@ def num_parameters(shape):
 def test_models_have_the_parameters_that_their_sizes_say(shape, count):
     model = GPT(shape)
     assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters(shape) == count
-    assert sum(isinstance(module, torch.nn.Dropout) and module.p == shape.dropout for module in model.modules()) == 1 + shape.layers
+    assert [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)] == [shape.dropout] * (1 + shape.layers)
 
 
 @pytest.mark.feature("S31", "S32", "S33")
@@ -124,7 +124,8 @@ def test_windows_are_pieces_with_what_follows_each_byte():
 @pytest.mark.feature("M39", "S32")
 def test_it_learns_and_prints_what_it_resolved(alone, text, tmp_path, capsys):
     path = tmp_path / "gpt.pt"
-    alone(gpt.main, *TINY, "--steps", "60", "--every", "25", "--warmup", "5", "--lr", "0.02", "--text", text, "--output", str(path))
+    alone(gpt.main, *TINY, "--steps", "60", "--every", "25", "--warmup", "5", "--lr", "0.02", "--text", text,
+          "--output", str(path))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("6,608 parameters; model_dim 16, layers 1, ")
     assert "batch_size 8, optimizer adamw, lr 0.02, min_lr 0.002, warmup 5" in lines[0]
