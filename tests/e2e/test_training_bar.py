@@ -14,6 +14,7 @@ import pyfleet
 from pyfleet.config import TrainingConfig
 
 WITHIN = 1.02
+pytestmark = pytest.mark.timeout(1200)          # a minute for two seeds, where cores have nothing else to do
 
 
 def digits_loss(compression, seed, epochs):
