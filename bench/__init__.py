@@ -11,5 +11,6 @@ BENCHMARKS = {
     "compress": "bench.compress",
     "links": "bench.links",
     "sparsify": "bench.sparsify",
+    "tradeoff": "bench.tradeoff",
     "waiting": "bench.waiting",
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import pathlib
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,12 +21,16 @@ SYSTEMS = {
     "fleet": "bench.systems:Hosts",
     "ring": "bench.systems:Ring",
     "direct": "bench.systems:Direct",
+    "fp16": "bench.systems:Fp16",
+    "int8": "bench.systems:Int8",
+    "topk": "bench.systems:TopK",
+    "auto": "bench.systems:Auto",
     "gloo": "bench.rivals.gloo:Gloo",
     "mpi": "bench.rivals.mpi:Mpi",
     "mlx": "bench.rivals.mlx:Mlx",
 }
 FLEET = ("arena", "ordinary", "numpy", "tcp")       # on one host, what runs when nobody says which; "secure" on demand
-HOSTS = ("fleet", "ring", "direct")                 # the same between hosts
+HOSTS = ("fleet", "ring", "direct")                 # the same between hosts; "fp16", "int8", "topk" and "auto" on demand
 RIVALS = ("gloo", "mpi", "mlx")
 TIMEOUT_S = 60.0
 
@@ -38,6 +43,7 @@ class System(ABC):
 
     bound: ClassVar[str]                    # what limits it in the end: "memory" or "tcp" (see bench.bounds)
     largest: ClassVar[int | None] = None    # bytes above which a row would say nothing new
+    tolerance: ClassVar[float] = 0.0        # of the largest sum: how far a sum may be off
 
     @abstractmethod
     def start(self, rank: int, size: int, folder: pathlib.Path) -> None:
@@ -185,3 +191,81 @@ class Direct(Hosts):
 
     def call(self, handle: Any) -> None:
         self._all_reduce(handle, algorithm="direct")
+
+
+@dataclass
+class Bucket:
+    """A tensor that is reduced in compressed form, step after step; and what it holds before each, where that matters."""
+
+    values: Any
+    way: Any
+    source: np.ndarray | None = None
+
+
+class Int8(Hosts):
+    """As in training: the mean, compressed, with error feedback."""
+
+    compression: ClassVar[str] = "int8"
+    tolerance = 0.01            # half a step of 1/127, of each rank's array and of the sum
+    refills: ClassVar[bool] = False
+
+    def start(self, rank: int, size: int, folder: pathlib.Path) -> None:
+        super().start(rank, size, folder)
+        self._rng = np.random.default_rng(rank)
+
+    def array(self, num_elems: int) -> Any:
+        from pyfleet.routes import CompressedAllReduce
+
+        way = CompressedAllReduce(self.engine, self.compression, num_elems, "mean")
+        return Bucket(super().array(num_elems), way)
+
+    def write(self, handle: Any, values: np.ndarray) -> None:
+        """As said, but normal numbers for zeros: of zeros there is nothing to choose, and nothing to pack."""
+        if not values.any():
+            values = self._rng.standard_normal(values.size, np.float32)
+            handle.source = values if self.refills else None
+        super().write(handle.values, values)
+
+    def call(self, handle: Any) -> None:
+        if handle.source is not None:
+            np.copyto(np.asarray(handle.values), handle.source)
+        handle.way.all_reduce(handle.values)
+
+    def read(self, handle: Any) -> np.ndarray:
+        return super().read(handle.values) * np.float32(self.engine.world_size)
+
+
+class Fp16(Int8):
+    """As in training, in half as many bytes."""
+
+    compression = "fp16"
+    tolerance = 0.001
+
+
+class TopK(Int8):
+    """As in training, the largest hundredth; what is summed is new in each call, and the copy of it is timed, too."""
+
+    compression = "topk(ratio=0.01)+fp16"
+    tolerance = 1.0
+    refills = True
+
+
+class Auto(Int8):
+    """As in training, whatever "auto" stands for."""
+
+    def array(self, num_elems: int) -> Any:
+        from pyfleet.routes import CompressedAllReduce, chosen
+
+        name = chosen(self.engine, num_elems).compression
+        way = _Dense(self._all_reduce) if name == "none" else CompressedAllReduce(self.engine, name, num_elems, "mean")
+        return Bucket(Hosts.array(self, num_elems), way)
+
+
+class _Dense:
+    """What DistributedDataParallel does with a bucket that is not compressed."""
+
+    def __init__(self, all_reduce: Any):
+        self._all_reduce = all_reduce
+
+    def all_reduce(self, values: Any) -> None:
+        self._all_reduce(values, "mean")

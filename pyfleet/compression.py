@@ -216,6 +216,6 @@ def _read_head(data: np.ndarray) -> tuple[tuple[int, ...], str, bool, str, int]:
 def _demand_plausible(compressor: Compressor, num_elems: int, num_bytes: int) -> None:
     """Refuse a shape that the encoding cannot fill before memory is taken for it: heads may come from anywhere."""
     most = compressor.wire_bytes(num_elems) if num_elems <= _MAX_ELEMS else -1
-    least = most * _LEAST_FILL - 64 if compressor.route == "gather" else most
+    least = compressor.settled_bytes(num_elems) * _LEAST_FILL - 64 if most >= 0 and compressor.route == "gather" else most
     if not least <= num_bytes <= most:
         raise CorruptData(f"{num_bytes} bytes are no encoding of {num_elems} elements")

@@ -8,13 +8,16 @@ rank sums up a segment of its host's arrays, the ranks with the same segment tak
 together again.
 
 A call is several calls of the engine, so it belongs on the engine's communication thread: engine.submit(all_reduce, ...).
-There nothing can come in between, and one call's memory may be the next one's.
+There nothing can come in between, and one call's memory may be the next one's. Between hosts the route "shard" takes large
+buckets in pieces, so that another thread codes one while the wire has the next; what is cut where changes no bit.
 """
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 from zlib import crc32
@@ -22,13 +25,15 @@ from zlib import crc32
 import numpy as np
 
 from pyfleet.arrays import dtype_name, from_buffer, is_tensor, reduce_op
-from pyfleet.choice import AUTO, WITHOUT_FEEDBACK, decide
+from pyfleet.choice import AUTO, WITH_FEEDBACK, WITHOUT_FEEDBACK, Choice, decide
 from pyfleet.compressors import Compressor, parse_spec
 from pyfleet.compressors.feedback import ErrorFeedback
 from pyfleet.connections import Deadline
 from pyfleet.errors import ConfigError, DType, DTypeError, OutOfStep, ReduceOp, ShapeError
 
 SLOT_BYTES = 4              # encodings begin at multiples of this: they hold words (see base.Compressor)
+PIECE_BYTES = 8 << 20       # of float32: on a gigabit link this takes ten times what coding it does, and what starting does
+MAX_PIECES = 8
 _FLOATS = ("float16", "float32", "float64", "bfloat16")
 _SPARE = 1 / 8              # of a buffer that had to grow: encodings of some kinds differ in length from step to step
 
@@ -54,6 +59,8 @@ class CompressedAllReduce:
         self._engine, self._is_mean = engine, demand_op(op)
         self.compressor = parse_spec(compression)
         self.compressor.bind([(num_elems,)] if shapes is None else shapes)
+        if self.compressor.momentum and not error_feedback:
+            raise ConfigError(f"{self.compressor.name}: momentum works on what error feedback keeps: leave error_feedback on")
         if error_feedback and self.compressor.lossy and not isinstance(self.compressor, ErrorFeedback):
             self.compressor = ErrorFeedback(self.compressor, num_elems, undo)
         self.step = self._committed = 0
@@ -116,7 +123,7 @@ def one_off(engine: Any, x: Any, op: Any, compression: str | Compressor) -> Call
     Raises:  ConfigError for another op, or a compression that is not there; DTypeError.
     """
     if is_auto(compression):
-        return _chosen(engine, x, op)
+        return _one_off_chosen(engine, x, op)
     is_mean, space, compressor, x = demand_op(op), _space_of(engine), parse_spec(compression), _demand_floats(x)
     if compressor is not compression and compressor.route == "own":
         compressor.bind([tuple(x.shape)])
@@ -132,13 +139,30 @@ def is_auto(compression: Any) -> bool:
     return isinstance(compression, str) and compression.strip().lower() == AUTO
 
 
-def _chosen(engine: Any, x: Any, op: Any) -> Callable[[float | None], None]:
+def chosen(engine: Any, num_elems: int, *, feedback: bool = True, timeout: float | None = None) -> Choice:
+    """What compression="auto" stands for; see pyfleet.choice.decide.
+
+    Args:    feedback: whether there is error feedback.
+    """
+    ways: dict[str, CompressedAllReduce] = {}
+
+    def attempt(name: str, x: np.ndarray) -> None:
+        if name == "none":
+            engine.all_reduce(x, "mean", timeout=timeout)
+            return
+        if name not in ways:
+            ways[name] = CompressedAllReduce(engine, name, num_elems, "mean", error_feedback=feedback)
+        ways[name].all_reduce(x, timeout)
+    return decide(engine, num_elems, attempt, WITH_FEEDBACK if feedback else WITHOUT_FEEDBACK, timeout=timeout)
+
+
+def _one_off_chosen(engine: Any, x: Any, op: Any) -> Callable[[float | None], None]:
     demand_op(op)
     x = _demand_floats(x)
     num_elems = x.numel() if is_tensor(x) else x.size
 
     def all_reduce(timeout: float | None = None) -> None:
-        name = decide(engine, num_elems, WITHOUT_FEEDBACK, timeout=timeout).compression
+        name = chosen(engine, num_elems, feedback=False, timeout=timeout).compression
         if name == "none":
             engine.all_reduce(x, op, timeout=timeout)
         else:
@@ -180,6 +204,7 @@ class _Space:
         self.step = 0                       # of calls that remember nothing themselves
         self.counts: dict[str, Counter] = {}
         self._memory: dict[str, np.ndarray] = {}
+        self._worker: ThreadPoolExecutor | None = None
 
     def bytes(self, role: str, nbytes: int) -> np.ndarray:
         """(nbytes,) uint8 of unspecified contents, the role's own; in the engine's memory while that has room."""
@@ -198,6 +223,12 @@ class _Space:
     def floats(self, role: str, n: int) -> np.ndarray:
         """(n,) float32 of unspecified contents."""
         return self.bytes(role, 4 * n).view(np.float32)
+
+    def worker(self) -> ThreadPoolExecutor:
+        """A thread that computes while the calling one waits for the wire."""
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, "pyfleet-codec")
+        return self._worker
 
     def count(self, name: str, num_elems: int, sent_bytes: int) -> None:
         size = self.engine.world_size
@@ -295,38 +326,82 @@ class _Call:
         return 2 * (self.size - 1) * wire.size // self.size
 
     def _shard(self, x: np.ndarray) -> int:
+        """Encode and send a piece while the one after it is encoded and the one before it added up, by another thread."""
         compressor, me = self.compressor, self.rank
         cuts = bounds(x.size, self.size, compressor.block)
-        segments = [slice(start, stop) for start, stop in pairwise(cuts)]
-        lengths = [compressor.wire_bytes(stop - start) if stop > start else 0 for start, stop in pairwise(cuts)]
-        slots = [-(-length // SLOT_BYTES) * SLOT_BYTES for length in lengths]
-        places = [slice(at, at + length) for at, length in zip([0, *accumulate(slots)], lengths, strict=False)]
-        mine, num_own = slots[me], segments[me].stop - segments[me].start
-
-        owner = compressor
+        owner, own_start = compressor, cuts[me]
         if isinstance(compressor, ErrorFeedback):
-            owner = compressor.for_segment(self.start + segments[me].start, self.start + segments[me].stop, self.divisor)
-        wire, came = self.space.bytes("out", sum(slots)), self.space.bytes("in", mine * self.size)
-        for segment, place in zip(segments, places, strict=True):
-            if place.stop > place.start:
+            owner = compressor.for_segment(self.start + own_start, self.start + cuts[me + 1], self.divisor)
+        pieces = _Piece.cut(cuts, self._num_pieces(x.size), compressor)
+        wire = self.space.bytes("out", sum(piece.wire_bytes for piece in pieces))
+        came = self.space.bytes("in", sum(piece.slots[me] for piece in pieces) * self.size)
+
+        def encode(piece: _Piece) -> None:
+            for segment, place in piece.parts():
                 compressor.encode(x[segment], wire[place], step=self.step, offset=self.start + segment.start, stream=me)
                 wire[place.stop:place.stop + -place.stop % SLOT_BYTES] = 0
-        self.engine.all_to_all_into(came, wire, [slots] * self.size, timeout=self._left())
 
-        if num_own:
-            total = self.space.floats("total", num_own)
+        def add_up(piece: _Piece) -> None:
+            segment, place, slot = piece.segments[me], piece.places[me], piece.slots[me]
+            if not slot:
+                return
+            total = self.space.floats("total", segment.stop - segment.start)
             total.fill(0)
-            for rank in range(self.size):
-                compressor.decode_add(came[rank * mine:rank * mine + lengths[me]], total)
+            start = sum(each.slots[me] for each in pieces[:piece.number]) * self.size
+            for at in range(start, start + slot * self.size, slot):
+                compressor.decode_add(came[at:at + place.stop - place.start], total)
             if self.is_mean:
                 total /= np.float32(self.divisor)
-            owner.encode(total, wire[places[me]], step=self.step, stream=self.size)
-        own = wire[places[me].start:places[me].start + mine]
-        self.engine.all_gather_into(wire, own, slots, timeout=self._left())
-        for segment, place in zip(segments, places, strict=True):
-            if place.stop > place.start:
+            owner.encode(total, wire[place], step=self.step, offset=segment.start - own_start, stream=self.size)
+
+        def exchange(piece: _Piece) -> None:
+            start = sum(each.slots[me] for each in pieces[:piece.number]) * self.size
+            self.engine.all_to_all_into(came[start:start + piece.slots[me] * self.size], wire[piece.whole],
+                                        [piece.slots] * self.size, timeout=self._left())
+
+        def spread(piece: _Piece) -> None:
+            own = piece.places[me].start
+            self.engine.all_gather_into(wire[piece.whole], wire[own:own + piece.slots[me]], piece.slots, timeout=self._left())
+
+        self._in_turn(pieces, encode, exchange, add_up, spread)
+        for piece in pieces:
+            for segment, place in piece.parts():
                 compressor.decode(wire[place], x[segment])
-        return sum(slots) - mine + (self.size - 1) * mine
+        mine = sum(piece.slots[me] for piece in pieces)
+        return sum(piece.wire_bytes for piece in pieces) - mine + (self.size - 1) * mine
+
+    def _in_turn(self, pieces: list[_Piece], encode: Callable, exchange: Callable, add_up: Callable, spread: Callable) -> None:
+        """All four for every piece, in this order; what computes beside what waits, where there are several."""
+        if len(pieces) == 1:
+            for work in (encode, exchange, add_up, spread):
+                work(pieces[0])
+            return
+        worker, under_way = self.space.worker(), []
+
+        def start(work: Callable, piece: _Piece) -> Future:
+            under_way.append(worker.submit(work, piece))
+            return under_way[-1]
+
+        try:
+            encoded, added = start(encode, pieces[0]), None
+            for piece in pieces:
+                encoded.result()
+                if piece is not pieces[-1]:
+                    encoded = start(encode, pieces[piece.number + 1])
+                exchange(piece)
+                before, added = added, start(add_up, piece)
+                if before is not None:
+                    before.result()
+                    spread(pieces[piece.number - 1])
+            added.result()
+            spread(pieces[-1])
+        finally:
+            wait(under_way)         # whatever went wrong, nobody works on this memory any more
+
+    def _num_pieces(self, num_elems: int) -> int:
+        """Within a host nothing waits for a wire."""
+        on_one_host = self.engine.local_world_size == self.size
+        return 1 if on_one_host else max(1, min(MAX_PIECES, 4 * num_elems // PIECE_BYTES))
 
     def _gather(self, x: np.ndarray) -> int:
         compressor = self.compressor
@@ -368,6 +443,48 @@ class _Call:
         if self._deadline is None or self._timeout <= 0:        # nonsense is the engine's to refuse
             return self._timeout
         return max(self._deadline.left(), 0.001)                # at least as long as to see that it is too late
+
+
+@dataclass
+class _Piece:
+    """A part of every rank's segment, whose encodings travel together: of rank k, `segments[k]` of the array and
+    `places[k]` of the wire, which begins a slot of `slots[k]` bytes."""
+
+    number: int
+    segments: list[slice]
+    places: list[slice]
+    slots: list[int]
+
+    @classmethod
+    def cut(cls, cuts: list[int], num_pieces: int, compressor: Compressor) -> list[_Piece]:
+        """The segments that lie between cuts, in so many pieces each."""
+        inner = [[start + each for each in bounds(stop - start, num_pieces, compressor.block)]
+                 for start, stop in pairwise(cuts)]
+        pieces, at = [], 0
+        for number in range(num_pieces):
+            piece = cls(number, [], [], [])
+            for edges in inner:
+                segment = slice(edges[number], edges[number + 1])
+                length = compressor.wire_bytes(segment.stop - segment.start) if segment.stop > segment.start else 0
+                piece.segments.append(segment)
+                piece.places.append(slice(at, at + length))
+                piece.slots.append(_slot(length))
+                at += _slot(length)
+            pieces.append(piece)
+        return pieces
+
+    @property
+    def wire_bytes(self) -> int:
+        return sum(self.slots)
+
+    @property
+    def whole(self) -> slice:
+        return slice(self.places[0].start, self.places[0].start + self.wire_bytes)
+
+    def parts(self) -> Iterator[tuple[slice, slice]]:
+        """What there is of it: (of the array, of the wire)."""
+        both = zip(self.segments, self.places, strict=True)
+        return ((segment, place) for segment, place in both if place.stop > place.start)
 
 
 def _slot(length: int) -> int:

@@ -22,7 +22,7 @@ from pyfleet.gradients import gradient_norms
 from pyfleet.routes import is_auto
 from pyfleet.strategies.data_parallel import DistributedDataParallel
 
-MOMENTUM = 0.9      # of the optimiser that is used when none is given
+MOMENTUM = 0.9      # of the optimiser that is used when none is given; its compression may have it instead
 
 # What this release does of settings that name more; anything else is refused rather than ignored.
 OFFERED = {
@@ -61,7 +61,7 @@ class Trainer:
              loss_fn: (output, target) -> mean over the batch, a scalar; must be a mean over samples, unweighted, for
              ranks to count for their samples. None: cross entropy for integer targets, mean squared error for others.
              optimizer: an instance over the model's parameters, an optimiser class (given learning_rate), or a
-             function of the parameters. None: SGD with momentum 0.9 at learning_rate.
+             function of the parameters. None: SGD with momentum 0.9 at learning_rate; without, where the compression has one.
              eval_dataset: evaluated every eval_steps steps, or after each epoch.
              callbacks: Callback objects, or functions of (epoch, loss) called after each epoch; epochs count from 0.
     Attributes:
@@ -231,8 +231,10 @@ class Trainer:
 
     def _make_optimizer(self, optimizer: Any) -> torch.optim.Optimizer:
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        compression = compression_of(self.config)
+        momentum = 0.0 if isinstance(compression, str) else compression.momentum
         if optimizer is None:
-            return torch.optim.SGD(parameters, lr=self.config.learning_rate, momentum=MOMENTUM)
+            return torch.optim.SGD(parameters, lr=self.config.learning_rate, momentum=0.0 if momentum else MOMENTUM)
         if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer):
             return optimizer(parameters, lr=self.config.learning_rate)
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -240,6 +242,8 @@ class Trainer:
         mine, known = set(map(id, self.model.parameters())), [p for g in optimizer.param_groups for p in g["params"]]
         if not all(id(parameter) in mine for parameter in known):
             raise ConfigError("the optimizer was built for other parameters than the model's")
+        if momentum and any(group.get("momentum") for group in optimizer.param_groups):
+            raise ConfigError("the compression has a momentum and so has the optimizer: leave one of them out")
         return optimizer
 
     def _require_same_everywhere(self) -> None:

@@ -104,7 +104,8 @@ cdef class StripedLink(Link):
 
     def stats(self):
         counts = [link.stats() for link in self.links]
-        return {name: sum(count[name] for count in counts) for name in counts[0]}
+        return {name: value if isinstance(value, str) else sum(count[name] for count in counts)
+                for name, value in counts[0].items()}
 
     def close(self):
         for link in self.links:

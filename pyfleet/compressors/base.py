@@ -52,6 +52,7 @@ class Compressor(ABC):
         stateful:   whether encodings depend on earlier ones (state_dict holds what they depend on).
         block:      elements that are coded together; x may be cut at multiples of it, and the pieces encode as the whole.
         wire_dtype: of the "reduce" route's arrays; None elsewhere.
+        momentum:   what error feedback multiplies the velocity by each step; 0: it has none. Kinds with `sent` may have one.
         takes_values: whether the constructor has a parameter `values`: the Compressor that codes the values it selects.
         params:     the constructor's arguments.
     """
@@ -62,6 +63,7 @@ class Compressor(ABC):
     stateful: ClassVar[bool] = False
     block: ClassVar[int] = 1
     wire_dtype: ClassVar[DType | None] = None
+    momentum: float = 0.0
     takes_values: ClassVar[bool] = False
 
     def __init__(self, **params: Any):
@@ -90,6 +92,10 @@ class Compressor(ABC):
 
         "own": bytes that exchange hands to its all-reduces.
         """
+
+    def settled_bytes(self, n: int) -> int:
+        """As wire_bytes, of encodings late in a training, where early ones are larger."""
+        return self.wire_bytes(n)
 
     @abstractmethod
     def encode(self, x: np.ndarray, out: np.ndarray, *, step: int = 0, offset: int = 0, stream: int = 0) -> int:
@@ -135,6 +141,13 @@ class Compressor(ABC):
         self.decode(out[:written], x)
         settle_array(grad, residual, x)
         return written
+
+    def sent(self, data: np.ndarray, n: int) -> np.ndarray:
+        """The indices of the elements that an encoding of n carries, for kinds that select.
+
+        Raises:  ConfigError for others; ShapeError as decode.
+        """
+        raise ConfigError(f"{self.name} does not select elements")
 
     def exchange(self, x: np.ndarray, all_reduce: Callable[[np.ndarray], None], num_ranks: int, *, step: int = 0) -> None:
         """Route "own": replace x by the mean over all ranks, as far as the compressor carries it; the same bits everywhere.

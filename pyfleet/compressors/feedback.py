@@ -15,8 +15,9 @@ class ErrorFeedback(Compressor):
     """A compressor that encodes x + residual, and keeps as residual what decoding will not give back.
 
     Over any number of steps the sum of what was sent plus the residual is the sum of what was to be sent, to half a unit
-    in the last place of the residual a step. It wraps any compressor and is used in its place. A piece of the bucket uses
-    the residual at its `offset`; in one step every element is encoded at most once.
+    in the last place of the residual a step. Where the compressor has momentum, what is to be sent is the velocity.
+    It wraps any compressor and is used in its place. A piece of the bucket uses the residual at its `offset`; in one step
+    every element is encoded at most once.
 
     Between two commits everything can be undone, for steps that fail or are skipped: `rollback`.
 
@@ -27,6 +28,7 @@ class ErrorFeedback(Compressor):
              undo: keep a copy of what a step overwrites, for rollback; without it only `commit` may be called.
     Attributes:
         residual: (num_elems,) float32.
+        velocity: the same of a compressor with momentum, None of others.
         owner: the feedback of the owned segment, once there is one.
         segment: (start, stop, scale) of it: what it keeps counts `scale` times in the sum of gradients.
         home: (start, stop) outside of which nothing is kept, or None: see keep_only.
@@ -38,7 +40,9 @@ class ErrorFeedback(Compressor):
         super().__init__(inner=inner, num_elems=num_elems, undo=undo)
         self.inner = inner
         self.residual = np.zeros(num_elems, np.float32)
+        self.velocity = np.zeros(num_elems, np.float32) if inner.momentum else None
         self._before = np.empty(num_elems, np.float32) if undo else None
+        self._velocity_before = np.empty(num_elems, np.float32) if undo and inner.momentum else None
         self._touched: list[slice] = []
         self._inner_before: dict[str, Any] | None = None
         self.owner: ErrorFeedback | None = None
@@ -52,6 +56,7 @@ class ErrorFeedback(Compressor):
     lossy = property(lambda self: self.inner.lossy)
     block = property(lambda self: self.inner.block)
     wire_dtype = property(lambda self: self.inner.wire_dtype)
+    momentum = property(lambda self: self.inner.momentum)
 
     @property
     def name(self) -> str:
@@ -66,7 +71,16 @@ class ErrorFeedback(Compressor):
     def encode(self, x: np.ndarray, out: np.ndarray, *, step: int = 0, offset: int = 0, stream: int = 0) -> int:
         """As the contract; moreover ShapeError when x reaches beyond the residual."""
         residual = self._residual_of(offset, x.size)
-        return self.inner.encode_feedback(x, residual, out, step=step, offset=offset, stream=stream)
+        if self.velocity is None:
+            return self.inner.encode_feedback(x, residual, out, step=step, offset=offset, stream=stream)
+        velocity = self.velocity[offset:offset + x.size]
+        with np.errstate(over="ignore", invalid="ignore"):
+            velocity *= np.float32(self.inner.momentum)
+            moved = velocity + x
+        written = self.inner.encode_feedback(moved, residual, out, step=step, offset=offset, stream=stream)
+        moved[self.inner.sent(out[:written], x.size)] = 0
+        np.copyto(velocity, moved, where=np.isfinite(moved))    # what is not finite is gone with its step
+        return written
 
     def decode(self, data: np.ndarray, out: np.ndarray) -> None:
         self.inner.decode(data, out)
@@ -116,6 +130,8 @@ class ErrorFeedback(Compressor):
         stray = self._residual_of(0, self.residual.size).copy()
         stray[start:stop] = 0
         self.residual[:start] = self.residual[stop:] = 0
+        if self.velocity is not None:
+            self.velocity[:start] = self.velocity[stop:] = 0    # those who encode them now have one of their own
         self.home = (start, stop)
         return stray if stray.any() else None
 
@@ -134,6 +150,8 @@ class ErrorFeedback(Compressor):
             raise ConfigError("this error feedback keeps nothing to go back to: pass undo=True")
         for piece in self._touched:
             self.residual[piece] = self._before[piece]
+            if self.velocity is not None:
+                self.velocity[piece] = self._velocity_before[piece]
         if self._inner_before is not None:
             self.inner.load_state_dict(self._inner_before)
         if self.owner is not None:
@@ -143,16 +161,24 @@ class ErrorFeedback(Compressor):
 
     def state_dict(self) -> dict[str, Any]:
         state = {"residual": self.residual.copy(), "inner": self.inner.state_dict()}
+        if self.velocity is not None:
+            state["velocity"] = self.velocity.copy()
         if self.owner is not None:
             state |= {"segment": list(self.segment), "owner": self.owner.state_dict()}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if set(state) - {"segment", "owner"} != {"residual", "inner"} or ("segment" in state) != ("owner" in state):
+        needed = {"residual", "inner"} | ({"velocity"} if self.velocity is not None else set())
+        if set(state) - {"segment", "owner"} != needed or ("segment" in state) != ("owner" in state):
             raise ConfigError(f"this is no state of error feedback: {sorted(state)}")
         residual = np.asarray(state["residual"], np.float32)
         if residual.shape != self.residual.shape:
             raise ShapeError(f"the residual has shape {residual.shape}, the bucket {self.residual.shape}")
+        if self.velocity is not None:
+            velocity = np.asarray(state["velocity"], np.float32)
+            if velocity.shape != self.velocity.shape:
+                raise ShapeError(f"the velocity has shape {velocity.shape}, the bucket {self.velocity.shape}")
+            self.velocity[:] = velocity
         self.owner = self.segment = self.home = None
         if "owner" in state:
             start, stop, scale = state["segment"]
@@ -183,5 +209,7 @@ class ErrorFeedback(Compressor):
             if self._inner_before is None and self.inner.stateful:
                 self._inner_before = self.inner.state_dict()
             self._before[piece] = self.residual[piece]
+            if self.velocity is not None:
+                self._velocity_before[piece] = self.velocity[piece]
             self._touched.append(piece)
         return self.residual[piece]

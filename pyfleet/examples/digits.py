@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output", default="digits.pt", help="where rank 0 saves the model (default %(default)s)")
     parser.add_argument("--compression", default="none", metavar="SPEC",
-                        help='how gradients travel: int8, fp16, "topk(ratio=0.01)+fp16", ... (default %(default)s)')
+                        help='how gradients travel: auto, int8, fp16, "topk(ratio=0.01)+fp16", ... (default %(default)s)')
     parser.add_argument("--double", action="store_true", help="compute in float64")
     arguments = parser.parse_args(argv)
 

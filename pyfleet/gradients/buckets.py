@@ -31,7 +31,8 @@ def assign(parameters: Sequence[torch.Tensor], bucket_bytes: float, apart: Seque
 
 
 def make_buckets(named: Iterable[tuple[str, torch.nn.Parameter]], bucket_size_mb: float,
-                 allocate: Callable[[int], Any], is_dense: Callable[[str, torch.nn.Parameter], bool] | None = None) -> list[Bucket]:
+                 allocate: Callable[[int], Any],
+                 is_dense: Callable[[str, torch.nn.Parameter], bool] | None = None) -> list[Bucket]:
     """Buckets of at most about `bucket_size_mb` MiB for the parameters that require a gradient.
 
     Args:    is_dense: says of a name and its parameter whether it belongs into a bucket that is not to be compressed.

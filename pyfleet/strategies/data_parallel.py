@@ -11,12 +11,12 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from pyfleet.choice import AUTO, WITH_FEEDBACK, WITHOUT_FEEDBACK, decide
+from pyfleet.choice import AUTO
 from pyfleet.compressors import Compressor, parse_spec
 from pyfleet.engines import Engine, current
 from pyfleet.errors import ConfigError, DTypeError, ShapeError
 from pyfleet.gradients import Bucket, BufferBroadcast, GradientHooks, Reducer, make_buckets
-from pyfleet.routes import CompressedAllReduce, is_auto
+from pyfleet.routes import CompressedAllReduce, chosen, is_auto
 from pyfleet.strategies.base import Strategy
 
 log = logging.getLogger("pyfleet.compression")
@@ -75,7 +75,8 @@ class DistributedDataParallel(Strategy):
         self._error_feedback = error_feedback
         specs = {bucket: self._choose(bucket) if self._auto else compressor.fresh() for bucket in self._buckets
                  if not bucket.dense}
-        self._compressed = {bucket: self._way(bucket, spec) for bucket, spec in specs.items() if parse_spec(spec).kind != "none"}
+        self._compressed = {bucket: self._way(bucket, spec) for bucket, spec in specs.items()
+                            if parse_spec(spec).kind != "none"}
         self._reducer = Reducer(self.engine, BufferBroadcast(model, self.engine) if broadcast_buffers else None,
                                 self._compressed)
         self._hooks = GradientHooks(self._buckets, self._reducer)
@@ -83,7 +84,7 @@ class DistributedDataParallel(Strategy):
 
     def _choose(self, bucket: Bucket) -> str:
         """The compression that "auto" stands for; told once, by rank 0."""
-        choice = decide(self.engine, bucket.values.numel(), WITH_FEEDBACK if self._error_feedback else WITHOUT_FEEDBACK)
+        choice = chosen(self.engine, bucket.values.numel(), feedback=self._error_feedback)
         if self.engine.rank == 0:
             log.info("bucket %d of %d travels by %s", self._buckets.index(bucket) + 1, len(self._buckets), choice.reason)
         return choice.compression
@@ -222,7 +223,8 @@ def _rule(dense_below: int | Callable[[str, torch.nn.Parameter], bool]) -> Calla
     if callable(dense_below):
         return dense_below
     if isinstance(dense_below, bool) or not isinstance(dense_below, int) or dense_below < 0:
-        raise ConfigError(f"dense_below must be a number of elements >= 0 or a function of (name, parameter), got {dense_below!r}")
+        raise ConfigError("dense_below must be a number of elements >= 0 or a function of (name, parameter), got "
+                          f"{dense_below!r}")
     return lambda name, parameter: parameter.numel() < dense_below
 
 

@@ -76,3 +76,17 @@ def test_systems_are_measured_between_hosts_beside_the_bound(tmp_path, options, 
     assert len(lines) == 6
     assert all(cell in done.stdout for cell in ("of line", "of TCP", "wire/size", "CPU x gloo", "headers leave"))
     assert record["socket_bytes_per_s"] < 1.1 * min(record["payload_bytes_per_s"])
+
+
+def test_compressed_systems_carry_their_share_of_the_bytes(tmp_path):
+    if reason := networks.unavailable():
+        pytest.skip(f"no network of hosts: {reason}")
+    systems = {"fleet": 1.0, "fp16": 0.5, "int8": 0.257, "topk": 0.008, "auto": 0.257}
+    done = run("--hosts", "2", "--rate", "200mbit", "--sizes", "4MB", "--reps", "3", "--systems", ",".join(systems),
+               "--json", str(tmp_path / "l.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["system"]: row for row in json.loads((tmp_path / "l.json").read_text())["runs"][0]["rows"]}
+    assert set(rows) == set(systems)
+    for name, share in systems.items():
+        for carried in rows[name]["wire_bytes"]:
+            assert 0.8 * share < carried / (4 << 20) < 1.15 * share + 0.01

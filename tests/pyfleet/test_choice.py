@@ -63,9 +63,9 @@ def test_a_small_bucket_goes_as_it_is_where_latency_is_all():
 
 def test_on_one_host_and_for_nothing_there_is_nothing_to_choose():
     assert choose(25 * MB, None, (0, 0), {}) == ("none", {}, "all ranks are on one host")
-    assert choose(25 * MB, None, (), {}).compression == "none"
-    assert choose(0, links(1, 1), (0, 1), CODECS).compression == "none"
-    assert choose(25 * MB, None, (0, 1), {}).reason == "no link between hosts was measured"
+    assert choose(0, links(1, 1), (0, 1), CODECS) == ("none", {}, "there is nothing to send")
+    for hosts in ((0, 1), ()):              # not measured, and not known
+        assert choose(25 * MB, None, hosts, {}) == ("none", {}, "no link between hosts was measured")
 
 
 def test_hosts_with_several_ranks_are_rated_by_the_segments_that_pass_between_them():
@@ -88,6 +88,66 @@ def test_codecs_are_measured_once_and_plausibly():
     assert 0.25 < measured["int8"].share < 0.26
     for codec in measured.values():
         assert all(1e-12 < seconds < 1e-6 for seconds in codec[:3])
+
+
+class Engine:
+    """One of two ranks on hosts of their own, with links of a Gbit/s and a clock that only attempts move."""
+
+    hosts = (0, 1)
+
+    def __init__(self, others=()):
+        self.others, self.now, self.barriers = others, 0.0, 0
+
+    def measure_links(self, *, timeout=None):
+        return links(1, 1)
+
+    def barrier(self, *, timeout=None):
+        self.barriers += 1
+
+    def all_reduce(self, x, op, *, timeout=None):
+        assert op == "max"
+        if x.shape == (choice.TRIAL_ROUNDS + 1, 2):
+            np.maximum(x, self.others or 0, out=x)
+
+
+@pytest.mark.parametrize(("int8_s", "others", "expected"), [
+    (0.005, (), "int8"), (0.0095, (), "none"), (0.02, (), "none"), (0.005, (0.0, 0.02), "none"), (0.005, (0.03, 0.02), "int8")])
+def test_a_small_bucket_has_to_win_a_trial_on_the_slowest_rank(monkeypatch, int8_s, others, expected):
+    engine, arrays = Engine(others), set()
+    monkeypatch.setattr(choice, "measure_codecs", lambda: CODECS)
+    monkeypatch.setattr(choice.time, "perf_counter", lambda: engine.now)
+
+    def attempt(name, x):
+        arrays.add((name, x.size))
+        engine.now += {"none": 0.01, "int8": int8_s}[name]
+    made = choice.decide(engine, MB, attempt)
+    assert made.compression == expected
+    assert arrays == {("none", MB), ("int8", MB)}
+    assert engine.barriers == 2 * (choice.TRIAL_ROUNDS + 1)
+    assert made.seconds == pytest.approx({"none": max(0.01, *others[:1], 0), "int8": max(int8_s, *others[1:], 0)})
+    assert made.reason.endswith("tried with 1 MB on 2 hosts, the slowest link 125 MB/s")
+    for like in (MB, int(0.95 * MB)):
+        assert choice.decide(engine, like, attempt) is made and engine.barriers == 2 * (choice.TRIAL_ROUNDS + 1)    # once
+    assert [entry["compression"] for entry in choice.choices(engine)] == [expected]
+
+
+def test_a_codec_that_wins_only_while_others_disturb_loses(monkeypatch):
+    engine, calls = Engine(), []
+    monkeypatch.setattr(choice, "measure_codecs", lambda: CODECS)
+    monkeypatch.setattr(choice.time, "perf_counter", lambda: engine.now)
+
+    def attempt(name, x):
+        calls.append(name)
+        engine.now += 0.006 if name == "int8" else 0.005 if len(calls) % 8 == 1 else 0.02     # undisturbed, float32 takes less
+    made = choice.decide(engine, MB, attempt)
+    assert made.seconds["int8"] < made.seconds["none"]
+    assert made.compression == "none" and made.reason.startswith("none ")
+
+
+def test_large_buckets_and_those_that_stay_as_they_are_need_no_trial(monkeypatch):
+    monkeypatch.setattr(choice, "measure_codecs", lambda: CODECS)
+    assert choice.decide(Engine(), 25 * MB, None).compression == "int8"
+    assert choice.decide(Engine(), 10, None).compression == "none"
 
 
 # ---- between processes ------------------------------------------------------------------------------------------------

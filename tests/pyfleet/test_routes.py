@@ -1,5 +1,6 @@
 """Compressed all-reduces between processes: the same bits on all ranks, small errors, few bytes, nothing lost."""
 import os
+import threading
 import tracemalloc
 from itertools import pairwise
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import pyfleet
-from pyfleet import engines
+from pyfleet import engines, routes
 from pyfleet.compressors import parse_spec
 from pyfleet.compressors.feedback import ErrorFeedback
 from pyfleet.routes import CompressedAllReduce, bounds, stats
@@ -515,3 +516,68 @@ def test_a_lost_peer_leaves_the_array_and_after_a_rollback_the_residual(fresh_ra
     group = fresh_ranks(3, transport)
     group.start(until_a_peer_dies, spec)
     assert group.collect((0, 2)) == [(1, 4, 4, True, True)] * 2
+
+
+# ---- pieces -----------------------------------------------------------------------------------------------------------
+
+def in_pieces(spec, n, op, piece_bytes):
+    """In a rank: results and accounts of three steps in pieces of so many bytes, and which threads have encoded."""
+    engine, usual, threads = engines.current(), routes.PIECE_BYTES, set()
+    engine.local_world_size, routes.PIECE_BYTES = 1, piece_bytes           # as if each rank had a host of its own
+    way = CompressedAllReduce(engine, spec, n, op, undo=True)
+    inner, encode = way.compressor.inner, way.compressor.inner.encode_feedback
+    inner.encode_feedback = lambda *args, **kwargs: (threads.add(threading.current_thread().name), encode(*args, **kwargs))[1]
+    try:
+        results = []
+        for step in range(3):
+            x = data(n, engine.rank, step)
+            way.all_reduce(x)
+            results.append(x)
+        feedback = way.compressor
+        return results, feedback.residual, feedback.owner.residual, threads
+    finally:
+        engine.local_world_size, routes.PIECE_BYTES = engine.world_size, usual
+
+
+@pytest.mark.parametrize("spec", ("int8", "fp16", "int4", "fp8", "int8(stochastic=True)"))
+@pytest.mark.parametrize("size", (2, 3))
+def test_pieces_that_travel_one_after_the_other_change_no_bit(ranks, size, spec):
+    for op, n in (("mean", 5000), ("sum", 257 * size), ("sum", 3)):
+        whole, pieces = (ranks(size, "tcp").run(in_pieces, spec, n, op, nbytes) for nbytes in (1 << 30, 512))
+        for one, other in zip(whole, pieces, strict=True):
+            for a, b in zip([*one[0], *one[1:3]], [*other[0], *other[1:3]], strict=True):
+                np.testing.assert_array_equal(a, b)
+            assert {name.partition("_")[0] for name in other[3]} == ({"pyfleet-codec"} if n > 300 else {"MainThread"})
+            assert one[3] == {"MainThread"}
+
+
+def failing_in_a_piece(n):
+    """In a rank: what a codec that fails in the third piece raises, what the array holds then, and a call after it."""
+    engine, usual, calls = engines.current(), routes.PIECE_BYTES, []
+    engine.local_world_size, routes.PIECE_BYTES = 1, 4096
+    try:
+        way = CompressedAllReduce(engine, "int8", n, "sum", error_feedback=False)
+        encode = way.compressor.encode
+
+        def fail(*args, **kwargs):
+            calls.append(args)
+            if len(calls) > 2 * engine.world_size:
+                raise ArithmeticError("no more")
+            return encode(*args, **kwargs)
+        way.compressor.encode = fail
+        x = data(n, engine.rank)
+        with pytest.raises(ArithmeticError, match="no more"):
+            way.all_reduce(x)
+        engine.barrier()
+        after = data(n, engine.rank)
+        CompressedAllReduce(engine, "int8", n, "sum", error_feedback=False).all_reduce(after)
+        return x, after
+    finally:
+        engine.local_world_size, routes.PIECE_BYTES = engine.world_size, usual
+
+
+def test_a_codec_that_fails_between_pieces_leaves_the_array_as_it_was(fresh_ranks):
+    reports = fresh_ranks(2, "tcp").run(failing_in_a_piece, 20_000)
+    for rank, (x, after) in enumerate(reports):
+        np.testing.assert_array_equal(x, data(20_000, rank))
+        np.testing.assert_array_equal(after, reports[0][1])

@@ -375,3 +375,22 @@ def test_the_same_seed_gives_the_same_run(thread_ranks):
     first, second, other = (train(thread_ranks, 2, seed=seed)[0] for seed in (5, 5, 6))
     assert identical([first, second])
     assert not identical([first, other])
+
+
+def test_a_momentum_of_the_compression_replaces_the_optimisers(thread_ranks):
+    def momenta(engine, compression, optimizer=None):
+        trainer = Trainer(make_model(), make_data(), config(compression=compression), optimizer=optimizer, engine=engine)
+        return [group["momentum"] for group in trainer.optimizer.param_groups]
+    assert thread_ranks(1, lambda engine: momenta(engine, "topk")) == [[0.9]]
+    assert thread_ranks(1, lambda engine: momenta(engine, "topk(momentum=0.5)")) == [[0.0]]
+
+    def both(parameters):
+        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        thread_ranks(1, lambda engine: momenta(engine, "topk(momentum=0.5)", both))
+
+
+def test_momentum_in_the_compression_needs_its_feedback(thread_ranks):
+    with pytest.raises(ConfigError, match="leave error_feedback on"):
+        thread_ranks(1, lambda engine: Trainer(make_model(), make_data(), config(
+            compression="topk(momentum=0.5)", error_feedback=False), engine=engine))

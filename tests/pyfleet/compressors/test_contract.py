@@ -8,7 +8,7 @@ from pyfleet.errors import ConfigError, DType, ShapeError
 
 # Every row as it is, and parameters that change what encoding does.
 SPECS = [*COMPRESSORS, *(f"int{bits}" for bits in range(1, 8)), "quantize(num_bits=3, stochastic=True, seed=5)",
-         "int8(stochastic=True)", "topk+fp16", "topk(k=3)+int8", "random+bf16"]
+         "int8(stochastic=True)", "topk+fp16", "topk(k=3)+int8", "random+bf16", "topk(warmup=9)+bf16"]
 CODES = [spec for spec in SPECS if parse_spec(spec).route != "own"]
 LENGTHS = (0, 1, 7, 255, 256, 257, 512, 5003)
 

@@ -182,3 +182,67 @@ def test_a_state_with_an_impossible_segment_is_refused():
         feedback.load_state_dict(state | {"segment": [600, 800, 1]})
     with pytest.raises(ConfigError, match="no state of error feedback"):
         feedback.load_state_dict({key: value for key, value in state.items() if key != "owner"})
+
+
+# ---- momentum -------------------------------------------------------------------------------------------------------------
+
+MOMENTUM = "topk(ratio=0.02, momentum=0.9)"
+
+
+def with_momentum(num_steps, ratio, momentum, grads):
+    """Momentum correction as its paper writes it: the sums that were sent, and what is kept at the end."""
+    velocity, kept, total = (np.zeros(N, np.float32) for _ in range(3))
+    for grad in grads[:num_steps]:
+        velocity = np.float32(momentum) * velocity + grad
+        kept = kept + velocity
+        chosen = np.argsort(-np.abs(kept), kind="stable")[:round(ratio * N)]
+        total[chosen] += kept[chosen]
+        kept[chosen] = velocity[chosen] = 0
+    return total, kept, velocity
+
+
+def test_velocities_are_kept_and_sent_and_start_anew_where_they_were_sent():
+    grads = [gradients(N, step) for step in range(50)]
+    feedback, total = ErrorFeedback(parse_spec(MOMENTUM), N), np.zeros(N, np.float32)
+    for step, grad in enumerate(grads):
+        total += sent(feedback, grad, step)
+    expected, kept, velocity = with_momentum(50, 0.02, 0.9, grads)
+    np.testing.assert_allclose(total, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(feedback.residual, kept, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(feedback.velocity, velocity, rtol=1e-5, atol=1e-5)
+    assert 0 < np.count_nonzero(velocity) < N
+
+
+def test_a_steady_gradient_counts_as_with_a_momentum_that_sees_it_at_once():
+    """Of 1/(1 - momentum) of it; less what is under way, and what starting anew takes away."""
+    grad, feedback, total = np.ones(N, np.float32), ErrorFeedback(parse_spec("topk(ratio=0.02, momentum=0.5)"), N), np.zeros(N)
+    for step in range(500):
+        total += sent(feedback, grad, step)
+    assert (0.85 * 2 * 500 < total + feedback.residual).all()
+    assert (total + feedback.residual < 2 * 500).all()
+
+
+def test_a_velocity_goes_on_from_its_state_and_is_rolled_back():
+    feedback, again = (ErrorFeedback(parse_spec(MOMENTUM), N, undo=True) for _ in range(2))
+    sent(feedback, gradients(N), 0)
+    feedback.commit()
+    state = feedback.state_dict()
+    first = sent(feedback, gradients(N, 1), 1)
+    feedback.rollback()
+    np.testing.assert_array_equal(feedback.velocity, state["velocity"])
+    again.load_state_dict(state)
+    np.testing.assert_array_equal(sent(feedback, gradients(N, 1), 1), first)
+    np.testing.assert_array_equal(sent(again, gradients(N, 1), 1), first)
+    with pytest.raises(ConfigError, match="no state of error feedback"):
+        ErrorFeedback(parse_spec("topk"), N).load_state_dict(state)
+    with pytest.raises(ShapeError, match="the velocity has shape"):
+        again.load_state_dict(state | {"velocity": np.zeros(3)})
+
+
+def test_a_step_that_is_not_finite_leaves_velocities_that_are():
+    feedback, bad = ErrorFeedback(parse_spec(MOMENTUM), N), gradients(N, 1)
+    sent(feedback, gradients(N), 0)
+    bad[100:200], bad[300] = np.nan, np.inf
+    assert not np.isfinite(sent(feedback, bad, 1)).all()
+    assert np.isfinite(feedback.velocity).all() and np.isfinite(feedback.residual).all()
+    assert np.isfinite(sent(feedback, gradients(N, 2), 2)).all()

@@ -221,3 +221,49 @@ def test_an_out_that_is_too_small_leaves_the_residual_alone():
     with pytest.raises(ShapeError):
         TopK().encode_feedback(array(100, 2), residual, np.zeros(3, np.uint8))
     assert residual.tobytes() == before.tobytes()
+
+
+# ---- warm-up and momentum ------------------------------------------------------------------------------------------------
+
+def test_a_warm_up_goes_from_a_quarter_to_the_share_by_the_same_factor_each_step():
+    n, x, compressor = 100_000, array(100_000), TopK(ratio=0.01, warmup=4)
+    kept = [compressor.num_kept_at(n, step) for step in range(6)]
+    assert kept == [25_000, math.ceil(1000 * 25**0.75), 5000, math.ceil(1000 * 25**0.25), 1000, 1000]
+    for step, k in enumerate(kept):
+        data = encoded(compressor, x, step=step)
+        expected = np.zeros(n, np.float32)
+        expected[largest(x, k)] = x[largest(x, k)]
+        assert decoded(compressor, data, n).tobytes() == expected.tobytes()
+        assert len(data) <= 4 + compressor.wire_bytes(n) * k / kept[0] * 1.6
+    assert len(encoded(compressor, x, step=4)) == len(encoded(TopK(ratio=0.01), x)) + 4
+    assert TopK(ratio=0.5, warmup=4).num_kept_at(n, 0) == n // 2                # there is nothing to fall to
+    assert [TopK(ratio=0.01, warmup=4).num_kept_at(n, 0) for n in (0, 1, 2, 5)] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("said", [0, 9, 251, 2**32 - 1])
+def test_a_number_of_elements_that_no_step_sends_is_damage(said):
+    compressor, x = TopK(ratio=0.01, warmup=4), array(1000)
+    data = encoded(compressor, x)
+    data[:4].view(np.uint32)[0] = said
+    for damaged in (data, data[:3], data[:0]):
+        with pytest.raises(ShapeError, match="do not begin with a number"):
+            decoded(compressor, damaged, 1000)
+
+
+def test_late_payloads_of_a_warm_up_are_no_damage():
+    compressor = pyfleet.GradientCompressor("topk(ratio=0.0001, warmup=2)+int8")
+    for _ in range(4):
+        g = array(100_000)
+        assert np.count_nonzero(compressor.decompress(compressor.compress(g))) >= 10
+
+
+@pytest.mark.parametrize("wrong", [{"warmup": -1}, {"warmup": 1.5}, {"momentum": -0.1}, {"momentum": 1.0}, {"momentum": "x"}])
+def test_warm_up_and_momentum_have_a_range(wrong):
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be"):
+        TopK(**wrong)
+
+
+def test_momentum_without_feedback_is_refused():
+    x = array(100)
+    with pytest.raises(ConfigError, match="momentum works on what error feedback keeps"):
+        encoded(TopK(momentum=0.9), x)

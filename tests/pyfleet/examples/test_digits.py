@@ -3,34 +3,13 @@ import sys
 import pytest
 import torch
 
-import pyfleet
-from pyfleet.config import TrainingConfig
-from pyfleet.engines import set_current
 from pyfleet.examples import digits
-from pyfleet.trainer import Trainer
-
-
-@pytest.fixture
-def alone(thread_ranks, monkeypatch):
-    """main() in a fleet of one."""
-    def run(*argv):
-        def rank(engine):
-            set_current(engine)
-            for name, value in {"init": lambda: engine, "shutdown": lambda: None, "Trainer": Trainer,
-                                "TrainingConfig": TrainingConfig}.items():
-                monkeypatch.setattr(pyfleet, name, value, raising=False)
-            digits.main(list(argv))
-        try:
-            thread_ranks(1, rank)
-        finally:
-            set_current(None)
-    return run
 
 
 def test_digits_are_learnt_and_the_model_is_saved(alone, tmp_path, capsys):
     pytest.importorskip("sklearn")
     path = tmp_path / "digits.pt"
-    alone("--output", str(path))
+    alone(digits.main, "--output", str(path))
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.startswith("epoch ")]) == 20
     assert "samples/s" in lines[0]
@@ -48,7 +27,7 @@ def test_digits_are_learnt_and_the_model_is_saved(alone, tmp_path, capsys):
 def test_options_are_honoured(alone, tmp_path, capsys):
     pytest.importorskip("sklearn")
     path = tmp_path / "double.pt"
-    alone("--output", str(path), "--double", "--epochs", "1", "--batch-size", "500", "--lr", "0.01", "--seed", "3")
+    alone(digits.main, "--output", str(path), "--double", "--epochs", "1", "--batch-size", "500", "--lr", "0.01", "--seed", "3")
     assert capsys.readouterr().out.count("epoch ") == 1
     assert {tensor.dtype for tensor in torch.load(path).values()} == {torch.float64}
 

@@ -9,14 +9,14 @@ import pytest
 from pyfleet.membership.health import GAPS_KEPT, HEALTHY, LATE, SILENT, Beat, Changed, Health, HealthSettings
 from pyfleet.membership.messages import Ping, Pong, Status
 
-SETTINGS = HealthSettings()
+SETTINGS = HealthSettings(ping_every_s=1.0, dead_after_s=3.0)      # round figures; the times below are in these
 
 
 class Pair:
     """Two ends, a and b, with a wire of some delay between them."""
 
     def __init__(self, delay_s=0.001):
-        self.ends = {"a": Health("a"), "b": Health("b")}
+        self.ends = {"a": Health("a", SETTINGS), "b": Health("b", SETTINGS)}
         self.delay_s, self.cut = delay_s, set()         # directions that lose everything
         self.stopped = set()                            # ends that are not running
         self.now, self.num_sent = 50.0, {"a": 0, "b": 0}
@@ -55,6 +55,13 @@ class Pair:
                 self.act(name, self.ends[name].tick(self.now))
 
 
+def test_the_usual_settings_leave_room():
+    """Proof of being heard is two heartbeats old at most, and must not be too old by then; one lost heartbeat kills nobody."""
+    usual = HealthSettings()
+    assert 2 * usual.ping_every_s < usual.dead_after_s - 2 * usual.margin_s
+    assert usual.ping_every_s < usual.dead_after_s / 2
+
+
 def test_a_pair_costs_one_message_each_way_per_second():
     pair = Pair().run(60)
     assert 59 <= pair.num_sent["a"] <= 61
@@ -77,7 +84,7 @@ def test_20_ms_more_show_up_in_the_latency():
 
 
 def test_what_the_other_end_was_busy_is_not_the_wires():
-    health = Health("a")
+    health = Health("a", SETTINGS)
     (beat,) = health.add("b", 0.0)
     health.received("b", Pong(beat.message.number, busy_ms=30.0), 0.05)
     assert health.latency_ms("b") == pytest.approx(20.0)
@@ -164,14 +171,14 @@ def test_after_a_jump_the_dead_are_still_found():
 
 
 def test_a_clock_that_goes_back_does_nothing():
-    health = Health("a")
+    health = Health("a", SETTINGS)
     health.add("b", 100.0)
     assert health.tick(40.0) == []
     assert health.state("b") == HEALTHY
 
 
 def test_any_message_counts_as_life():
-    health = Health("b")
+    health = Health("b", SETTINGS)
     health.add("a", 0.0)
     for tenth in range(100):
         assert health.received("a", Status("", 0, 0, 0, ""), tenth / 10) == []
@@ -183,7 +190,7 @@ def test_any_message_counts_as_life():
 
 
 def test_how_busy_this_node_is_goes_to_the_others():
-    health = Health("b")
+    health = Health("b", SETTINGS)
     health.add("a", 0.0)
     for _ in range(50):
         health.tick(health.deadline + 0.1)
