@@ -39,6 +39,17 @@ def test_all_reduce_over_sealed_links_is_right(fresh_ranks, size, secret):
     assert len(set.union(*ends)) == 1 and set.union(*ends) <= {"aegis128l", "chacha20poly1305"}
 
 
+def striped_counts():
+    """In a rank: the counts of a link of several sealed connections."""
+    sums()
+    return list(pyfleet.init().stats()["links"].values())
+
+
+def test_a_link_of_several_sealed_connections_is_counted(fresh_ranks):
+    for link, in fresh_ranks(2, "tcp", PYFLEET_ENCRYPTION="on", PYFLEET_STRIPES="2").run(striped_counts):
+        assert link["cipher"] in ("aegis128l", "chacha20poly1305") and link["sent_bytes"] > 4_000_000
+
+
 def test_training_over_sealed_links_ends_with_the_weights_of_one_process(fresh_ranks, one_process):  # noqa: F811
     ends = fresh_ranks(3, "tcp", PYFLEET_ENCRYPTION="on", PYFLEET_PSK=PSK).run(digits_weights, 2, 128)
     assert all(np.array_equal(ends[0], end) for end in ends)
