@@ -254,7 +254,8 @@ def init(backend: str = "fleet", rank: int | None = None, world_size: int | None
         wanted = exporters.wanted(cluster)
         try:
             place, membership = find(place, cluster, min_nodes, deadline)
-            engine, members = opener(place, cluster, max(deadline.left(), 1.0), membership)
+            left = timeout if membership is None else max(deadline.left(), 1.0)     # who has just met answers within that
+            engine, members = opener(place, cluster, left, membership)
         except BaseException as error:
             if isinstance(error, FleetError):
                 metrics.FAILURES.inc(error=type(error).__name__)

@@ -112,7 +112,7 @@ class Service:
     async def open(self) -> None:
         """Listen, look for others, and be found.
 
-        Raises:  ConfigError when the port is taken by somebody else than a node of this user's own choosing.
+        Raises:  ConfigError when a port that was chosen is taken, or the interface is not there.
         """
         self._loop = asyncio.get_running_loop()
         cluster = self.cluster
@@ -352,6 +352,7 @@ class Service:
                     log.info("%s is here", self._name(node.peer))
                 case Expired(peer):
                     self.paths.pop(peer, None)
+                    self.topology.leave(peer)
                     log.debug("%s is not in sight any more", self._name(peer))
                 case Duplicate(peer, incarnations, _):
                     self._warn_of_clone(f"{len(incarnations)} machines, {self._name(peer)} one of them, share one identity: a "
@@ -537,6 +538,8 @@ class Service:
 
         Raises:  FleetError of any kind, KeyError for a value that is not there in time.
         """
+        if isinstance(question.get("timeout"), int):
+            question = {**question, "timeout": float(question["timeout"])}
         match question:
             case {"ask": "status"}:
                 return self.status()

@@ -56,7 +56,7 @@ def finish(*children):
     return found
 
 
-@pytest.mark.feature("P2", "M7", "M17", "C65", "A1")
+@pytest.mark.feature("P2", "M7")
 def test_the_same_command_on_four_machines_trains_digits_with_encryption(machines):
     jobs = [machines.launch(host, "--min-nodes", "4", "-m", "pyfleet.examples.digits", PYFLEET_TRANSPORT="tcp",
                             PYFLEET_ENCRYPTION="on") for host in range(4)]
@@ -67,7 +67,7 @@ def test_the_same_command_on_four_machines_trains_digits_with_encryption(machine
     assert all("epoch" in err and "led by" in err for _, _, err in ended)
 
 
-@pytest.mark.feature("A1", "A23")
+@pytest.mark.feature("A1")
 def test_machines_bring_several_ranks_each(machines):
     script = machines.script("import numpy as np, pyfleet\nf = pyfleet.init()\nx = np.full(3, f.rank + 1.)\n"
                              "pyfleet.all_reduce(x)\n"
@@ -190,10 +190,8 @@ def test_a_launcher_that_is_ended_leaves_nothing_behind(machines, number):
     jobs[1].kill()
 
 
-@pytest.mark.feature("P34", "P33")
-def test_ports_are_the_usual_ones_or_those_that_were_chosen(machines):
-    look = "import subprocess; print(subprocess.run(['ss', '-Hltn'], capture_output=True, text=True).stdout)"
-    script = machines.script(f"import pyfleet\nf = pyfleet.init()\npyfleet.barrier()\n{look}\npyfleet.barrier()\n")
+@pytest.mark.feature("P34")
+def test_the_control_port_is_the_usual_one_or_the_chosen_one(machines):
     with Agents(machines.folder, machines.network) as agents:
         usual, chosen = agents.start(0), agents.start(1, env={"PYFLEET_DISCOVERY_PORT": "7001"})
         wait_for(lambda: agree([usual, chosen]), 20, "a fleet", agents)
@@ -204,7 +202,52 @@ def test_ports_are_the_usual_ones_or_those_that_were_chosen(machines):
         refused = agents.start(1, "third", env={"PYFLEET_DISCOVERY_PORT": "7001"})
         assert refused.process.wait(20) == 1
         assert "cannot listen for control connections on port 7001" in refused.output and "Traceback" not in refused.output
-    assert script
+
+
+@pytest.mark.feature("P33")
+@pytest.mark.parametrize("port", [52416, 7002])
+def test_links_between_machines_use_the_gradient_port(machines, port):
+    """Rank 1 connects to rank 0, and rank 2, on rank 1's machine, to both: at the port, and at the next one."""
+    script = machines.script("import psutil, pyfleet\nf = pyfleet.init()\nown = psutil.Process().net_connections('tcp')\n"
+                             "print('ports', *sorted({c.raddr.port for c in own if c.raddr and c.status == 'ESTABLISHED'}))\n"
+                             "pyfleet.barrier()\n")
+    env = {"PYFLEET_GRADIENT_PORT": str(port)} if port != 52416 else {}
+    ended = finish(*(machines.launch(host, "--min-nodes", "2", "--nproc", str(host + 1), script, **env) for host in range(2)))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    ports = dict(re.findall(r"\[rank (\d)\] ports (.*)", "\n".join(out for _, out, _ in ended)))
+    assert str(port) in ports["1"].split() and str(port) in ports["2"].split()
+
+
+@pytest.mark.feature("M46")
+def test_two_jobs_share_the_machines_without_interference(machines):
+    script = machines.script("import sys, numpy as np, pyfleet\nf = pyfleet.init()\nx = np.full(100_000, float(sys.argv[1]))\n"
+                             "for _ in range(20): pyfleet.all_reduce(x, 'mean')\n"
+                             "print('mean', x[0], 'of', f.world_size, f.view.fleet)\npyfleet.barrier()\n")
+    jobs = [machines.launch(host, "--min-nodes", "2", "--namespace", name, script, value)
+            for name, value in (("blue", "3"), ("green", "5")) for host in range(2)]
+    ended = finish(*jobs)
+    assert [code for code, _, _ in ended] == [0] * 4, ended
+    words = [out.split() for _, out, _ in ended]
+    assert [line[3] for line in words] == ["3.0", "3.0", "5.0", "5.0"] and {line[5] for line in words} == {"2"}
+    assert words[0][6] == words[1][6] != words[2][6] == words[3][6]
+
+
+@pytest.mark.feature("P37")
+def test_a_peer_in_a_black_hole_costs_the_connection_timeout(machines):
+    """Packets to it go to a machine that does not forward them: there is no answer of any kind."""
+    machines.network.run(0, ["ip", "route", "add", "10.78.0.0/24", "via", machines.network.address(3)])
+    began = time.monotonic()
+    (code, _, err), = finish(machines.start(0, "-m", "pyfleet", "status", "--master", "10.78.0.9", "--timeout", "2"))
+    assert code == 1 and "10.78.0.9:52415: silent for 2 s" in err and 2 <= time.monotonic() - began < 8
+    script = machines.script("import time, pyfleet\nfrom pyfleet.connections import *\nfrom pyfleet.identity import *\n"
+                             "own = Credentials(NodeKey.generate(), Namespace.from_token(b'x'), bytes(16), 1)\n"
+                             "began = time.monotonic()\n"
+                             "config = pyfleet.ClusterConfig()\n"
+                             "try: dial(own, 0, Address(['10.78.0.9'], 52416, bytes(32)), {1: 1}, num_attempts=1,\n"
+                             "          patience_s=config.connection_timeout_ms / 1000, deadline=Deadline(60))\n"
+                             "except pyfleet.NotEnoughPeers as error: print('took', time.monotonic() - began, error)\n")
+    (code, out, err), = finish(machines.start(0, script))
+    assert code == 0 and 4.9 < float(out.split()[1]) < 6.5, err     # connection_timeout_ms is 5000
 
 
 @pytest.mark.feature("P17", "M3")
@@ -229,3 +272,22 @@ pyfleet.barrier()
     assert all(700 < link["mbit_s"] < 1200 for link in facts["links"] if link["mbit_s"] >= 200)
     rates = sorted(facts["measured"]["bandwidths"])
     assert rates[0] < 0.2 * rates[1] and rates[1] == rates[3]
+
+
+@pytest.mark.parametrize(("spoil", "said"), [
+    (lambda home, env: (home / "node_keypair").write_text("rubbish"), "node_keypair"),
+    (lambda home, env: env.update(PYFLEET_PSK="", PYFLEET_PSK_FILE=str(home / "none")), "cannot read the PSK file"),
+    (lambda home, env: env.update(PYFLEET_PSK="short"), "a PSK of 5 characters"),
+    (lambda home, env: env.update(PYFLEET_PSK=""), "pyfleet keys psk"),
+    (lambda home, env: env.update(PYFLEET_IFACE="eth7"), "no interface 'eth7'"),
+    (lambda home, env: env.update(PYFLEET_CONFIG=str(home / "c.yaml")) or (home / "c.yaml").write_text("cluster: {min_pears: 2}"),
+     "min_peers"),
+], ids=["key", "PSK file", "short PSK", "no PSK", "interface", "YAML key"])
+def test_what_cannot_work_is_told_in_a_line(machines, spoil, said):
+    home, env = machines.folder / "home0", {}
+    home.mkdir(mode=0o700)
+    spoil(home, env)
+    for path in home.iterdir():
+        path.chmod(0o600)
+    (code, out, err), = finish(machines.launch(0, "--min-nodes", "2", "-m", "pyfleet.examples.digits", **env))
+    assert code in (1, 2) and not out and said in err and "Traceback" not in err, (code, err)

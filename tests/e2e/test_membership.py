@@ -145,6 +145,24 @@ def test_a_node_with_a_dead_address_is_reached_at_the_other(fleet):
     wait_for(lambda: agree([*nodes, late]), JOIN_S, "the third meets both", fleet.agents)
 
 
+@pytest.mark.feature("P21")
+def test_a_longer_way_shows_in_the_average_latency(fleet):
+    nodes = fleet(2)
+
+    def latency():
+        return next((node["latency_ms"] for each in nodes for node in each.status()["nodes"] if node["latency_ms"] is not None),
+                    None)
+    wait_for(latency, 5, "the first heartbeat")
+    before = latency()
+    nodes[1].leave()
+    wait_for(lambda: agree(nodes[:1]), KILL_S, "the second is gone")
+    fleet.network.interpose(1, delay_s=0.01)            # 10 ms each way
+    nodes[1] = fleet.agents.start(1, "node1")
+    wait_for(lambda: agree(nodes), JOIN_S + 1, "it is back", fleet.agents)
+    wait_for(latency, 5, "the first heartbeat over the longer way")
+    assert before + 15 < latency() < before + 40
+
+
 @pytest.mark.slow
 def test_fifty_leaders_are_killed_in_a_row(fleet):
     nodes, took = fleet(4), []

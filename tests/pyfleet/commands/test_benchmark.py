@@ -98,9 +98,9 @@ def test_every_rank_and_the_next_one_are_a_link():
     assert benchmark._links(2) == [(0, 1), (1, 0)]
 
 
-@pytest.mark.feature("M14")
+@pytest.mark.slow
 def test_a_slow_link_is_the_one_whose_rows_are_slow(network):
-    hosts = network(3, "400mbit", rates={2: "100mbit"})
+    hosts = network(3, "1gbit", rates={2: "300mbit"})
     told = on_hosts(hosts, "bandwidth", "--sizes", "4MB")
     for row in told["rows"]:
         slowest = 2 if 2 in (row["from"], row["to"]) else 0

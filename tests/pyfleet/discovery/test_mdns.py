@@ -67,6 +67,7 @@ def test_nodes_without_any_address_find_each_other_and_hear_who_leaves(network, 
     assert not a.all("log")
 
 
+@pytest.mark.slow
 @pytest.mark.feature("P2")
 def test_a_killed_node_expires_and_an_idle_fleet_says_next_to_nothing(network, start, capture):
     hosts = network(8)
