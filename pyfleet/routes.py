@@ -363,17 +363,19 @@ class _Call:
             own = piece.places[me].start
             self.engine.all_gather_into(wire[piece.whole], wire[own:own + piece.slots[me]], piece.slots, timeout=self._left())
 
-        self._in_turn(pieces, encode, exchange, add_up, spread)
-        for piece in pieces:
+        def decode(piece: _Piece) -> None:
             for segment, place in piece.parts():
                 compressor.decode(wire[place], x[segment])
+
+        self._in_turn(pieces, encode, exchange, add_up, spread, decode)
         mine = sum(piece.slots[me] for piece in pieces)
         return sum(piece.wire_bytes for piece in pieces) - mine + (self.size - 1) * mine
 
-    def _in_turn(self, pieces: list[_Piece], encode: Callable, exchange: Callable, add_up: Callable, spread: Callable) -> None:
-        """All four for every piece, in this order; what computes beside what waits, where there are several."""
+    def _in_turn(self, pieces: list[_Piece], encode: Callable, exchange: Callable, add_up: Callable, spread: Callable,
+                 decode: Callable) -> None:
+        """All five for every piece, in this order; what computes beside what waits, where there are several."""
         if len(pieces) == 1:
-            for work in (encode, exchange, add_up, spread):
+            for work in (encode, exchange, add_up, spread, decode):
                 work(pieces[0])
             return
         worker, under_way = self.space.worker(), []
@@ -393,8 +395,12 @@ class _Call:
                 if before is not None:
                     before.result()
                     spread(pieces[piece.number - 1])
+                    start(decode, pieces[piece.number - 1])     # nobody needs that part of the array any more
             added.result()
             spread(pieces[-1])
+            decode(pieces[-1])
+            for work in under_way:
+                work.result()
         finally:
             wait(under_way)         # whatever went wrong, nobody works on this memory any more
 
