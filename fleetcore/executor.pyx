@@ -25,7 +25,7 @@ cdef uint32_t NOTICE_ABORT = 1
 cdef uint32_t NOTICE_LEAVE = 2
 cdef uint32_t NOTICE_CALL = 3                  # what the sender waits in: ranks that wait for each other in different calls
 cdef int ROOMS = 2                             # chunks of a peer that may wait for the other peers of a fold; Lane says 2
-cdef size_t SPIN_BYTES = 64 * 1024             # a larger call waits for bytes, not for news: it sleeps at once
+cdef size_t SPIN_BYTES = 2 << 20                # beyond, a call waits for bytes, not for news: it sleeps at once
 # What must have come of a chunk before the receiver is woken, while so much is missing: half the wake-ups of 4 hosts at
 # 1 Gbit/s, where TCP hands over 58 KB at a time; 256 KiB was no better.
 cdef int WAKE_BYTES = 128 * 1024
