@@ -25,6 +25,7 @@ PORT = 52415
 PATIENCE_S = 20
 JOIN_S = 10             # on a machine that has other things to do; test_membership has the promised times
 MEMORY_BYTES = 32 << 20
+ETH_P_ALL, SO_RCVBUFFORCE = 3, 33       # linux/if_ether.h, asm-generic/socket.h
 
 
 class Siege:
@@ -181,24 +182,48 @@ def test_cloned_records_lead_nobody_astray(siege):
         assert not siege.status()["clones"]
 
 
-def test_neither_the_secret_nor_a_gradient_is_on_the_wire(siege, tmp_path):
-    """A capture of everything that host 0 sends and hears while ranks that found each other reduce a known pattern."""
-    capture = tmp_path / "capture"
-    dump = siege.network.popen(0, ["tcpdump", "-i", "eth0", "-w", str(capture), "-U", "-s", "0"], stderr=subprocess.PIPE)
-    while b"listening" not in dump.stderr.readline():
-        assert dump.poll() is None
+class Capture:
+    """Everything that host 0 sends and hears."""
+
+    def __init__(self, network):
+        def listen():
+            sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
+            sock.bind(("eth0", ETH_P_ALL))
+            sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 64 << 20)
+            sock.settimeout(0.2)
+            return sock
+        self._sock, self.packets, self._is_over = inside(network.namespace(0), listen), [], threading.Event()
+        self._thread = threading.Thread(target=self._record, daemon=True)
+        self._thread.start()
+
+    def _record(self):
+        while not self._is_over.is_set():
+            with contextlib.suppress(TimeoutError):
+                self.packets.append(self._sock.recv(1 << 17))
+
+    def stop(self):
+        self._is_over.set()
+        self._thread.join()
+        self._sock.close()
+        return b"".join(self.packets)
+
+
+@pytest.mark.parametrize("encryption", ["auto", "off"])
+def test_neither_the_secret_nor_a_gradient_is_on_the_wire(siege, tmp_path, encryption):
+    """While ranks that found each other broadcast a known pattern; with encryption off it is seen, so the capture sees."""
+    for node in siege.nodes:
+        node.close()
+    capture = Capture(siege.network)
     pattern = b"gradient"
     script = ("import numpy as np, pyfleet\nf = pyfleet.init(min_nodes=2, timeout=20)\n"
               f"x = np.tile(np.frombuffer({pattern!r}, np.int64), 100000)\npyfleet.broadcast(x)\n"
               "pyfleet.barrier(); print('done')")
-    for node in siege.nodes:
-        node.close()
-    env = {"PYFLEET_PSK": PSK, "PYFLEET_IFACE": "eth0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    env = {"PYFLEET_PSK": PSK, "PYFLEET_IFACE": "eth0", "PYTHONPATH": os.pathsep.join(sys.path),
+           "PYFLEET_ENCRYPTION": encryption}
     jobs = [siege.network.popen(host, [sys.executable, "-c", script], env | {"PYFLEET_HOME": str(tmp_path / f"home{host}")},
                                 stdout=subprocess.PIPE, text=True) for host in range(2)]
     assert all("done" in job.communicate(timeout=60)[0] for job in jobs)
-    dump.terminate()
-    dump.communicate(timeout=10)
-    packets = capture.read_bytes()
+    packets = capture.stop()
     assert len(packets) > 800_000                       # the broadcast is in there
-    assert 4 * pattern not in packets and PSK.encode() not in packets and bytes.fromhex(PSK) not in packets
+    assert (4 * pattern in packets) == (encryption == "off")
+    assert PSK.encode() not in packets and bytes.fromhex(PSK) not in packets
