@@ -89,6 +89,7 @@ def _psk(cluster: ClusterConfig, options: object) -> dict[str, str]:
     psk = new_psk()
     if options.output is None:
         return {"psk": psk}
+    Path(options.output).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle = os.open(options.output, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "w") as file:
         file.write(psk + "\n")

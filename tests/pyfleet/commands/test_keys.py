@@ -74,8 +74,8 @@ def test_psk_prints_a_new_one_alone_or_writes_it_for_this_user_only(home, tmp_pa
     assert keys.main(["psk"]) == 0 and keys.main(["psk"]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first != second and len(bytes.fromhex(first)) == 32
-    path = tmp_path / "lab.psk"
-    assert keys.main(["psk", "--output", str(path)]) == 0
+    path = tmp_path / "new folder" / "lab.psk"
+    assert keys.main(["psk", "--output", str(path)]) == 0 and path.parent.stat().st_mode & 0o777 == 0o700
     written = path.read_text()
     assert path.stat().st_mode & 0o777 == 0o600 and len(bytes.fromhex(written)) == 32
     assert written.strip() not in capsys.readouterr().out
