@@ -1,20 +1,25 @@
 """Test this machine, its network and its settings, and say what to do."""
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import time
 from dataclasses import asdict
 
 from pyfleet.checks import CHECKS, FAIL, OK, SKIPPED, WARN, Finding, Subject, run
 from pyfleet.commands.base import Parser, Refused, refuse
 from pyfleet.config import ClusterConfig, load_config, nearest
 from pyfleet.discovery import Seen, look
-from pyfleet.errors import ConfigError
+from pyfleet.errors import ConfigError, FleetError
 from pyfleet.identity import Namespace
 from pyfleet.members import Node
+from pyfleet.membership.query import own_self, status_at
 
 LOOK_S = 2.0                # nodes answer within 0.15 s; a second question follows after 1 s
-NEED_OTHERS = {"identity", "versions"}
+ASK_S = 1.0                 # for each node that is asked for its clock
+MOST_ASKED = 16             # of a large fleet: who else is wrong shows from there
+NEED_OTHERS = {"identity", "versions", "clock"}
 
 COLOURS = {OK: "green", WARN: "yellow", FAIL: "bold red", SKIPPED: "dim"}
 
@@ -48,7 +53,8 @@ def main(argv: list[str] | None = None, prog: str = "pyfleet doctor") -> int:
             sightings=None if seen is None else [each.sighting for each in seen],
             nodes=None if seen is None else [Node(peer=each.sighting.peer, incarnation=each.sighting.incarnation,
                                                   name=each.sighting.name, version=each.version, protocol=each.protocol)
-                                             for each in seen]), options.checks or CHECKS)
+                                             for each in seen],
+            skews_s=skews(cluster, seen)), options.checks or CHECKS)
     failed = any(finding.status == FAIL for finding in findings)
     if options.json:
         print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}, indent=2))
@@ -67,6 +73,23 @@ def look_around(cluster: ClusterConfig) -> list[Seen] | None:
         return [seen for seen in look(cluster, namespace, LOOK_S) if namespace is None or seen.tag == namespace.tag]
     except (ConfigError, OSError):  # discovery is turned off, or there is no network
         return None
+
+
+def skews(cluster: ClusterConfig, seen: list[Seen] | None) -> dict[str, float] | None:
+    """By how much the clocks of the nodes that answer are ahead of this one; None where there is no secret to ask them with."""
+    try:
+        own = own_self(cluster)
+    except ConfigError:
+        return None
+    found = {}
+    for sighting in [each.sighting for each in seen or []][:MOST_ASKED]:
+        for address in sighting.addresses:
+            with contextlib.suppress(FleetError):
+                began = time.time()
+                told = status_at(own, address, sighting.port, ASK_S)
+                found[told["peer"]] = told["time"] - (began + time.time()) / 2
+                break
+    return found
 
 
 def show(findings: list[Finding]) -> None:

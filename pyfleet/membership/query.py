@@ -12,19 +12,19 @@ from pyfleet.config import ClusterConfig, host_and_port
 from pyfleet.discovery import Seen, configured, open_discovery
 from pyfleet.discovery.base import Event
 from pyfleet.errors import AuthFailed, ConfigError, NotEnoughPeers
-from pyfleet.identity import Namespace
+from pyfleet.identity import Namespace, NodeKey
 from pyfleet.identity.handshake import Kind
 from pyfleet.membership.channel import Channel, Closed, Self, dial
 from pyfleet.membership.messages import Told
-from pyfleet.wiring import Deadline, node_key
+from pyfleet.wiring import Deadline
 
 
 def own_self(cluster: ClusterConfig) -> Self:
-    """Who asks.
+    """Who asks: a member, but no node; its key is for this once.
 
     Raises:  ConfigError without a secret: nodes answer members only.
     """
-    return Self(node_key(cluster, strict=False), Namespace.required(cluster))
+    return Self(NodeKey.generate(), Namespace.required(cluster))
 
 
 def status_at(own: Self, address: str, port: int, timeout: float) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Machines that share a secret become one fleet by themselves, and stay one: real processes, sockets and multicast."""
+import json
+import sys
 import time
 
 import pytest
 
-from tests.agents import Agents, agree, members, wait_for
+from tests.agents import PSK, Agents, agree, members, wait_for
 from tests.network import Network, unavailable
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=str(unavailable()))
@@ -127,6 +129,14 @@ def test_a_copied_key_is_named(fleet):
              "the copy is noticed", fleet.agents)
     assert "pyfleet keys new --replace" in copy.output
     assert agree(nodes)
+
+
+def test_doctor_asks_the_others_for_their_clocks(fleet, tmp_path):
+    fleet(2)
+    env = {"PYFLEET_PSK": PSK, "PYFLEET_HOME": str(tmp_path / "doctor"), "PYFLEET_IFACE": "eth0"}
+    told = json.loads(fleet.network.run(2, [sys.executable, "-m", "pyfleet", "doctor", "clock", "--json"], env))
+    finding, = [each for each in told["findings"] if each["name"] == "clock of others"]
+    assert finding["status"] == "ok" and finding["seen"].startswith("2 peers, at most 0.0")
 
 
 @pytest.mark.feature("S4")
