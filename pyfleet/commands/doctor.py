@@ -76,7 +76,8 @@ def look_around(cluster: ClusterConfig) -> list[Seen] | None:
 
 
 def skews(cluster: ClusterConfig, seen: list[Seen] | None) -> dict[str, float] | None:
-    """By how much the clocks of the nodes that answer are ahead of this one; None where there is no secret to ask them with."""
+    """By how much the clocks of the nodes that answer are ahead of this one; None where none does, or there is no secret to
+    ask them with."""
     try:
         own = own_self(cluster)
     except ConfigError:
@@ -89,7 +90,7 @@ def skews(cluster: ClusterConfig, seen: list[Seen] | None) -> dict[str, float] |
                 told = status_at(own, address, sighting.port, ASK_S)
                 found[told["peer"]] = told["time"] - (began + time.time()) / 2
                 break
-    return found
+    return found or None
 
 
 def show(findings: list[Finding]) -> None:
