@@ -13,6 +13,7 @@ from bench.ranks import ROOT
 TINY = "--model-dim 16 --layers 1 --heads 2 --ff 32 --max-seq 16"
 
 
+@pytest.mark.slow
 def test_curves_of_both_examples_with_bytes_of_the_socket_and_a_plot(tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("sklearn")

@@ -54,7 +54,7 @@ def test_survivors_of_a_kill_name_the_dead_in_time(fresh_ranks, transport, size,
     assert shared_files() <= before
 
 
-@pytest.mark.parametrize("transport", ("shm", "tcp"))
+@pytest.mark.parametrize("transport", ("shm", pytest.param("tcp", marks=pytest.mark.slow)))
 def test_a_hundred_kills_in_a_row(fresh_ranks, transport):
     before, worst = shared_files(), 0.0
     for k in range(100):

@@ -63,6 +63,7 @@ def test_bandwidth_is_that_of_the_link(network):
     assert min(sent, received) > moved
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M15")
 def test_all_reduce_between_hosts_is_not_faster_than_its_bound(network):
     hosts = network(3, "200mbit")
@@ -89,6 +90,7 @@ def test_the_bandwidth_table_has_a_row_for_each_size_and_direction():
     assert all(row.endswith(" %") for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M14", "M35")
 def test_every_rank_and_the_next_one_are_a_link():
     told = measured("bandwidth", "--nproc", "3", "--sizes", "64KB", PYFLEET_TRANSPORT="tcp")
