@@ -78,6 +78,7 @@ def test_systems_are_measured_between_hosts_beside_the_bound(tmp_path, options, 
     assert record["socket_bytes_per_s"] < 1.1 * min(record["payload_bytes_per_s"])
 
 
+@pytest.mark.slow
 def test_compressed_systems_carry_their_share_of_the_bytes(tmp_path):
     if reason := networks.unavailable():
         pytest.skip(f"no network of hosts: {reason}")

@@ -40,8 +40,7 @@ def everything():
 
 
 @pytest.mark.feature("P1")
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
-@pytest.mark.parametrize("size", range(2, 9))
+@pytest.mark.parametrize(("size", "transport"), [*((size, "shm") for size in range(2, 9)), *((size, "tcp") for size in (2, 5, 8))])
 def test_every_collective_is_right_with_two_to_eight_ranks(fresh_ranks, size, transport):
     assert fresh_ranks(size, transport).run(everything) == [10 * len(COUNTS)] * size
 

@@ -45,6 +45,7 @@ def on_hosts(hosts, *arguments):
     return json.loads(told[0][0])
 
 
+@pytest.mark.slow
 @pytest.mark.feature("M14", "M35")
 def test_bandwidth_is_that_of_the_link(network):
     hosts = network(2, "200mbit")

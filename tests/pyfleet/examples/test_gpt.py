@@ -143,6 +143,7 @@ def test_it_learns_and_prints_what_it_resolved(alone, text, tmp_path, capsys):
     assert loss == pytest.approx(float(lines[-2].split()[2]), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_what_one_does(text):
     def last(num_ranks, *more):
         said = subprocess.run(
