@@ -99,6 +99,16 @@ def test_a_member_that_is_not_the_node_it_should_be_is_refused():
 
 
 @pytest.mark.feature("P38")
+@pytest.mark.parametrize("place", [(1, 0), (0, 7)], ids=["epoch", "group"])
+def test_a_member_of_another_epoch_or_group_is_refused(place):
+    """The same ranks of the same run: a view later, or in a sub-group that is made at the same time."""
+    host = Host(seconds=3.0)
+    with pytest.raises(AuthFailed, match="hung up"):
+        dial(Credentials(KEYS[1], LAB, bytes(16), 1, *place), 0, host.address, WANTS, num_attempts=1, patience_s=5.0,
+             deadline=Deadline(5.0))
+    assert host.meet() < 3                      # who means the same is let in
+
+
 def test_attempts_are_counted_and_end_in_time():
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
